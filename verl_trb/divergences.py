@@ -1,0 +1,315 @@
+"""Training losses: reverse KL from student to teacher at every visited prefix, in three forms.
+
+  full     KL(pi_S || pi_T) over the whole vocabulary, exact
+  topk     the paper's form on the student's k most likely tokens (arXiv 2605.31159 with 2604.13016)
+  sampled  a policy-gradient advantage from the rollout token alone
+
+Full and top-k integrate the action out, so rollouts from mu need no importance weights; `sampled` does.
+The large ones work in chunks of tokens: no float32 [N, V] tensor of either model outlives a chunk. Gradients
+are written by hand (one line each) and flow to the student only.
+
+Shapes: N tokens (prefixes), C tokens of a chunk, V vocabulary, D and E hidden sizes of student and teacher,
+B x T a padded batch of responses. -inf logits in both models (masked tokens) contribute nothing; where only
+the teacher has -inf, KL is inf as it should be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from verl_trb.vocabulary import Role, SharedVocabulary, canonicalize
+
+# (student logits of a chunk, its rows, whether the gradient is needed)
+#   -> (values_KC, the first of which is the loss, and d loss / d logits over the shared vocabulary or None)
+RowLoss = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
+
+
+class TokenLoss(NamedTuple):
+    """Per token, float32: the loss (with gradient), and without gradient the exact reverse KL and both
+    entropies in nats. All are [N]."""
+
+    loss_N: Tensor
+    reverse_kl_N: Tensor
+    student_entropy_N: Tensor
+    teacher_entropy_N: Tensor
+
+
+def chunked_reverse_kl(
+    logits_student_NV: Tensor,
+    logits_teacher: Tensor | Callable[[slice], Tensor],
+    *,
+    topk: int | None = None,
+    vocabulary: SharedVocabulary | None = None,
+    chunk_tokens: int = 1024,
+) -> TokenLoss:
+    """The reverse KL of every token from student logits that exist already (in the model's dtype).
+
+    logits_student_NV: divided by the temperature; padding rows of the output layer may still be there.
+    logits_teacher: the same for the teacher, [N, rows], or a function that gives them for a slice of tokens,
+      for example its output layer. It is asked once per chunk.
+    topk: None for the exact loss, k for the paper's form.
+    vocabulary: cuts and canonicalizes both; None if both have one vocabulary of one size.
+
+    The gradient is made in the forward pass, chunk by chunk, in the student's dtype: as large as the gradient
+    autograd would hold, and the teacher's output layer runs once. Hence backward works once. Raises
+    ValueError for shapes, topk or chunk_tokens that make no sense.
+    """
+    teacher = _rows_of(logits_teacher, logits_student_NV.shape[0])
+    row_loss = _reverse_kl_rows(teacher, topk, vocabulary)
+    return TokenLoss(*_from_logits(logits_student_NV, row_loss, 4, chunk_tokens))
+
+
+def linear_reverse_kl(
+    hidden_student_ND: Tensor,
+    weight_student_VD: Tensor,
+    hidden_teacher_NE: Tensor,
+    weight_teacher_VE: Tensor,
+    *,
+    bias_student_V: Tensor | None = None,
+    bias_teacher_V: Tensor | None = None,
+    temperature: float = 1.0,
+    topk: int | None = None,
+    vocabulary: SharedVocabulary | None = None,
+    chunk_tokens: int = 1024,
+) -> TokenLoss:
+    """The reverse KL of every token through both output layers, whose logits exist for one chunk at a time.
+
+    Like `chunked_reverse_kl`, but nothing of size N x V is ever kept, in any dtype: backward computes each
+    chunk again. Gradients flow to the student's hidden states, weight and bias. Both distributions are taken
+    at `temperature`. Products run in the hidden states' dtype, the rest in float32.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, but is {temperature}.")
+    if hidden_student_ND.shape[0] != hidden_teacher_NE.shape[0]:
+        raise ValueError(
+            f"student and teacher have {hidden_student_ND.shape[0]} and {hidden_teacher_NE.shape[0]} tokens."
+        )
+    if vocabulary is not None:  # padding rows need no logits
+        weight_student_VD = weight_student_VD[: vocabulary.size]
+        bias_student_V = None if bias_student_V is None else bias_student_V[: vocabulary.size]
+
+    def teacher(rows: slice) -> Tensor:
+        return _logits(hidden_teacher_NE[rows].detach(), weight_teacher_VE, bias_teacher_V) / temperature
+
+    row_loss = _reverse_kl_rows(teacher, topk, vocabulary)
+    loss_N, rest_KN = _Linear.apply(
+        hidden_student_ND, weight_student_VD, bias_student_V, row_loss, 4, chunk_tokens, temperature
+    )
+    return TokenLoss(loss_N, *rest_KN)
+
+
+def token_logp(
+    logits_NV: Tensor,
+    tokens_N: Tensor,
+    *,
+    vocabulary: SharedVocabulary | None = None,
+    role: Role = "student",
+    chunk_tokens: int = 1024,
+) -> Tensor:
+    """log pi(token) of every token, float32 [N], with gradient to the logits; chunked like the losses."""
+
+    def row_loss(logits_CV: Tensor, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor | None]:
+        logp_CV = _shared_logp(logits_CV, vocabulary, role)
+        token_C1 = tokens_N[rows, None]
+        value_C = logp_CV.gather(-1, token_C1).squeeze(-1)
+        grad_CV = -logp_CV.exp_() if with_grad else None
+        if grad_CV is not None:
+            grad_CV.scatter_add_(-1, token_C1, torch.ones_like(token_C1, dtype=grad_CV.dtype))
+        return value_C[None], grad_CV
+
+    return _from_logits(logits_NV, row_loss, 1, chunk_tokens)[0]
+
+
+def sampled_advantage(
+    logp_student_BT: Tensor, logp_teacher_BT: Tensor, logp_behavior_BT: Tensor, mask_BT: Tensor
+) -> Tensor:
+    """The sampled-token reverse-KL advantage, pi_S/mu (log pi_T - log pi_S) of the rollout token, [B, T].
+
+    Its policy gradient, the mean of advantage * grad log pi_S, is minus the gradient of the per-prefix
+    reverse KL. The weight pi_S/mu is needed because the tokens were drawn from mu (logp_behavior_BT = log mu)
+    and not from pi_S; without it the gradient is biased. No gradient flows through it; 0 where the mask is 0.
+    """
+    keep_BT = mask_BT.bool()
+    student_BT, teacher_BT, behavior_BT = (
+        logp.detach().float().masked_fill(~keep_BT, 0.0)
+        for logp in (logp_student_BT, logp_teacher_BT, logp_behavior_BT)
+    )
+    return (student_BT - behavior_BT).exp() * (teacher_BT - student_BT)
+
+
+def reverse_kl(
+    logp_student_CV: Tensor, logp_teacher_CV: Tensor, with_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """KL(pi_S || pi_T) per row, and its gradient with respect to the student's logits,
+    pi_S (log pi_S - log pi_T - KL)."""
+    gap_CV = (logp_student_CV - logp_teacher_CV).masked_fill_(logp_student_CV == -math.inf, 0)
+    p_CV = logp_student_CV.exp()
+    kl_C = (p_CV * gap_CV).sum(-1)
+    return kl_C, gap_CV.sub_(kl_C[:, None]).mul_(p_CV) if with_grad else None
+
+
+def topk_reverse_kl(
+    logp_student_CV: Tensor, logp_teacher_CV: Tensor, k: int, with_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The paper's top-k loss per row, -sum_v A_v ratio_v, and its gradient for the student's logits.
+
+    v runs over the student's k most likely tokens; w = pi_S renormalized on them, A_v = w_v (log pi_T(v) -
+    log pi_S(v)) is a constant, ratio_v = pi_S(v) / stop_gradient(pi_S(v)) = 1. So the gradient is
+    -sum_v A_v (e_v - pi_S): *not* the one of sum_v w_v (log pi_S(v) - log pi_T(v)) differentiated directly.
+    """
+    top_CK, index_CK = logp_student_CV.topk(min(k, logp_student_CV.shape[-1]), dim=-1)
+    gap_CK = (logp_teacher_CV.gather(-1, index_CK) - top_CK).masked_fill_(top_CK == -math.inf, 0)
+    advantage_CK = top_CK.softmax(-1) * gap_CK
+    total_C = advantage_CK.sum(-1)
+    if not with_grad:
+        return -total_C, None
+    return -total_C, (logp_student_CV.exp() * total_C[:, None]).scatter_add_(-1, index_CK, -advantage_CK)
+
+
+def _reverse_kl_rows(
+    teacher: Callable[[slice], Tensor], topk: int | None, vocabulary: SharedVocabulary | None
+) -> RowLoss:
+    """The row loss of both public functions: loss, reverse KL, entropy of student, entropy of teacher."""
+    if topk is not None and topk < 1:
+        raise ValueError(f"topk must be at least 1, but is {topk}.")
+
+    def row_loss(logits_CV: Tensor, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor | None]:
+        logp_student_CV = _shared_logp(logits_CV, vocabulary, "student")
+        logp_teacher_CV = _shared_logp(teacher(rows), vocabulary, "teacher")
+        if logp_student_CV.shape != logp_teacher_CV.shape:
+            raise ValueError(
+                f"logits differ in shape: {list(logp_student_CV.shape)} and {list(logp_teacher_CV.shape)}; "
+                "give the shared vocabulary if only padding differs."
+            )
+        kl_C, grad_CV = reverse_kl(logp_student_CV, logp_teacher_CV, with_grad and topk is None)
+        loss_C = kl_C
+        if topk is not None:
+            loss_C, grad_CV = topk_reverse_kl(logp_student_CV, logp_teacher_CV, topk, with_grad)
+        entropies = [torch.special.entr(x_CV.exp_()).sum(-1) for x_CV in (logp_student_CV, logp_teacher_CV)]
+        return torch.stack([loss_C, kl_C, *entropies]), grad_CV
+
+    return row_loss
+
+
+def _shared_logp(logits_CV: Tensor, vocabulary: SharedVocabulary | None, role: Role) -> Tensor:
+    """float32 log-probabilities over the shared vocabulary (float64 for float64), always a new tensor."""
+    logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+    return (logits_CV if vocabulary is None else canonicalize(logits_CV, vocabulary, role)).log_softmax(-1)
+
+
+def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+    bias_V = None if bias_V is None else bias_V.to(hidden_CD.dtype)
+    with torch.autocast(hidden_CD.device.type, enabled=False):
+        logits_CV = torch.nn.functional.linear(hidden_CD, weight_VD.to(hidden_CD.dtype), bias_V)
+    return logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+
+
+def _rows_of(logits: Tensor | Callable[[slice], Tensor], tokens: int) -> Callable[[slice], Tensor]:
+    if not isinstance(logits, Tensor):
+        return logits
+    if logits.dim() != 2 or logits.shape[0] != tokens:
+        raise ValueError(f"teacher logits are {list(logits.shape)}, but the student has {tokens} tokens.")
+    fixed = logits.detach()
+    return lambda rows: fixed[rows]
+
+
+def _chunks(tokens: int, chunk_tokens: int) -> Iterator[slice]:
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1, but is {chunk_tokens}.")
+    return (slice(start, min(start + chunk_tokens, tokens)) for start in range(0, tokens, chunk_tokens))
+
+
+def _from_logits(logits_NV: Tensor, row_loss: RowLoss, values: int, chunk_tokens: int) -> tuple[Tensor, ...]:
+    if logits_NV.dim() != 2:
+        raise ValueError(f"logits must be [tokens, vocabulary], but are {list(logits_NV.shape)}.")
+    with_grad = logits_NV.requires_grad and torch.is_grad_enabled()
+    loss_N, rest_KN = _Logits.apply(logits_NV, row_loss, values, chunk_tokens, with_grad)
+    return loss_N, *rest_KN
+
+
+def _scale_rows(grad_NV: Tensor, scale_N: Tensor) -> Tensor:
+    """grad * scale in place; rows of scale 0 (padding) are 0 whatever they hold."""
+    return grad_NV.mul_(scale_N[:, None]).masked_fill_(scale_N[:, None] == 0, 0)
+
+
+class _Logits(torch.autograd.Function):
+    """A row loss of logits that exist. The rows are independent, so the gradient of any weighting of the rows
+    is the stored gradient of each row times its weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_NV: Tensor, row_loss: RowLoss, values: int, chunk_tokens: int, with_grad: bool
+    ) -> tuple[Tensor, Tensor]:
+        tokens = logits_NV.shape[0]
+        dtype = torch.promote_types(logits_NV.dtype, torch.float32)
+        value_KN = torch.empty(values, tokens, dtype=dtype, device=logits_NV.device)
+        ctx.grad_NV = torch.zeros_like(logits_NV) if with_grad else None
+        for rows in _chunks(tokens, chunk_tokens):
+            value_KN[:, rows], grad_CV = row_loss(logits_NV[rows], rows, with_grad)
+            if grad_CV is not None:
+                ctx.grad_NV[rows, : grad_CV.shape[-1]] = grad_CV
+        loss_N, rest_KN = value_KN[0].clone(), value_KN[1:]
+        ctx.mark_non_differentiable(rest_KN)
+        return loss_N, rest_KN
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.grad_NV is None:
+            raise RuntimeError("This loss keeps its gradient for one backward pass; compute the loss again.")
+        grad_NV, ctx.grad_NV = _scale_rows(ctx.grad_NV, grads[0]), None
+        return grad_NV, None, None, None, None
+
+
+class _Linear(torch.autograd.Function):
+    """A row loss of the logits of an output layer, computed chunk by chunk, and again in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        row_loss: RowLoss,
+        values: int,
+        chunk_tokens: int,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V)
+        ctx.row_loss, ctx.chunk_tokens, ctx.temperature = row_loss, chunk_tokens, temperature
+        tokens = hidden_ND.shape[0]
+        dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
+        value_KN = torch.empty(values, tokens, dtype=dtype, device=hidden_ND.device)
+        for rows in _chunks(tokens, chunk_tokens):
+            logits_CV = _logits(hidden_ND[rows], weight_VD, bias_V).div_(temperature)
+            value_KN[:, rows], _ = row_loss(logits_CV, rows, False)
+        loss_N, rest_KN = value_KN[0].clone(), value_KN[1:]
+        ctx.mark_non_differentiable(rest_KN)
+        return loss_N, rest_KN
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_ND, weight_VD, bias_V = ctx.saved_tensors
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        sums = torch.promote_types(hidden_ND.dtype, torch.float32)  # over chunks, of bfloat16 products
+        grad_ND = torch.empty_like(hidden_ND) if need_hidden else None
+        grad_VD = torch.zeros_like(weight_VD, dtype=sums) if need_weight else None
+        grad_V = torch.zeros_like(bias_V, dtype=sums) if need_bias else None
+        for rows in _chunks(hidden_ND.shape[0], ctx.chunk_tokens):
+            logits_CV = _logits(hidden_ND[rows], weight_VD, bias_V).div_(ctx.temperature)
+            _, grad_CV = ctx.row_loss(logits_CV, rows, True)
+            grad_CV = _scale_rows(grad_CV, grads[0][rows] / ctx.temperature)
+            if grad_V is not None:
+                grad_V += grad_CV.sum(0)
+            grad_CV = grad_CV.to(hidden_ND.dtype)
+            if grad_ND is not None:
+                grad_ND[rows] = grad_CV @ weight_VD.to(hidden_ND.dtype)
+            if grad_VD is not None:
+                grad_VD += grad_CV.T @ hidden_ND[rows]
+        grad_weight = None if grad_VD is None else grad_VD.to(weight_VD.dtype)
+        grad_bias = None if grad_V is None or bias_V is None else grad_V.to(bias_V.dtype)
+        return grad_ND, grad_weight, grad_bias, None, None, None, None

@@ -1,0 +1,217 @@
+"""The trust region: blend student and teacher as far as a KL budget allows.
+
+    mu* = argmin_mu KL(mu || pi_T)  subject to  KL(mu || pi_S) <= epsilon
+        = pi_S^(1-beta) pi_T^beta / Z   with the largest beta in [0, 1] that fits the budget
+
+(arXiv 2605.31159, section 3.) `blend` is the whole interface. Pure tensors: no verl, no vLLM.
+
+Shapes: N rows (prefixes), V vocabulary. `...` is any batch shape, flattened to N.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Blend(NamedTuple):
+    """A rollout policy at each prefix, next to what it cost.
+
+    log_mu: [..., V] log-probabilities of the rollout policy; beta: [...] weight of the teacher, NaN for
+    policies without one; kl: [...] KL(mu || pi_S) in nats. All float32 (float64 for float64 input).
+    """
+
+    log_mu: Tensor
+    beta: Tensor
+    kl: Tensor
+
+
+class Solution(NamedTuple):
+    """beta_N, KL(mu || pi_S) kl_N, log normalizer log_z_N of pi_S e^(beta ratio), passes_N over V."""
+
+    beta_N: Tensor
+    kl_N: Tensor
+    log_z_N: Tensor
+    passes_N: Tensor
+
+
+@torch.no_grad()
+def blend(
+    logp_student: Tensor,
+    logp_teacher: Tensor,
+    epsilon: float | Tensor,
+    *,
+    tolerance: float = 1e-3,
+    max_passes: int = 64,
+) -> Blend:
+    """TRB's rollout policy mu* (arXiv 2605.31159, section 3) at every prefix. No gradient flows through it.
+
+    logp_student, logp_teacher: [..., V] normalized log-probabilities of one shape, any floating dtype.
+    epsilon: budget in nats, a scalar or a tensor of the batch shape [...].
+    tolerance: a budget that binds is used to within this fraction, from below: KL in
+      [epsilon (1 - tolerance), epsilon]. float32 cannot resolve KL below about 1e-7 nats, so there the solver
+      keeps another 5e-7 to 1.5e-6 of distance, and a budget under 1e-6 gives the student.
+    max_passes: sweeps over the vocabulary after which a row settles for the best feasible beta so far.
+
+    Exact cases: log_mu is bitwise logp_student where epsilon = 0, and bitwise logp_teacher where
+    KL(pi_T || pi_S) <= epsilon. Where the student gives a token probability 0 (-inf), mu does too: the
+    teacher is then cut to the student's support and renormalized, and KL is measured from there. Where only
+    the teacher gives 0, every beta > 0 gives 0, which costs at least -log pi_S(teacher's support): if that
+    exceeds the budget, mu is the student. NaN in a row gives NaN in that row.
+
+    Raises ValueError for shapes that differ, an epsilon that is negative or not finite, a tolerance outside
+    (0, 1).
+    """
+    if logp_student.shape != logp_teacher.shape:
+        raise ValueError(
+            f"student and teacher log-probabilities differ in shape: {tuple(logp_student.shape)} and "
+            f"{tuple(logp_teacher.shape)}; cut both to the shared vocabulary first."
+        )
+    if logp_student.dim() == 0 or logp_student.shape[-1] == 0:
+        raise ValueError("log-probabilities need a last dimension with the vocabulary; this one is empty.")
+    if not 0.0 < tolerance < 1.0:
+        raise ValueError(f"tolerance is {tolerance}, but must lie strictly between 0 and 1.")
+    batch, size = logp_student.shape[:-1], logp_student.shape[-1]
+    double = torch.float64 in (logp_student.dtype, logp_teacher.dtype)
+    dtype = torch.float64 if double else torch.float32
+    epsilon_N = _epsilon_rows(epsilon, batch, dtype, logp_student.device)
+
+    log_mu_NV = logp_student.reshape(-1, size).to(dtype, copy=True)
+    beta_N = torch.zeros_like(epsilon_N)
+    kl_N = torch.zeros_like(epsilon_N)
+    rows = (epsilon_N > 0).nonzero().squeeze(-1)
+    if len(rows) > 0:
+        student_NV = log_mu_NV[rows]
+        teacher_NV = logp_teacher.reshape(-1, size)[rows].to(dtype)
+        base_NV, ratio_NV, solution = solve_beta(
+            student_NV, teacher_NV, epsilon_N[rows], tolerance=tolerance, max_passes=max_passes
+        )
+        beta_N[rows], kl_N[rows] = solution.beta_N, solution.kl_N
+        cut_N = ((student_NV == -math.inf) & (teacher_NV > -math.inf)).any(-1)
+        whole_N = (solution.beta_N == 1) & ~cut_N
+        mixed_N = (solution.beta_N != 0) & ~whole_N
+        log_mu_NV[rows[whole_N]] = teacher_NV[whole_N]
+        beta_M, log_z_M = solution.beta_N[mixed_N, None], solution.log_z_N[mixed_N, None]
+        log_mu_NV[rows[mixed_N]] = torch.addcmul(base_NV[mixed_N], beta_M, ratio_NV[mixed_N]).sub_(log_z_M)
+    return Blend(log_mu_NV.reshape(*batch, size), beta_N.reshape(batch), kl_N.reshape(batch))
+
+
+def solve_beta(
+    logp_student_NV: Tensor,
+    logp_teacher_NV: Tensor,
+    epsilon_N: Tensor,
+    *,
+    tolerance: float = 1e-3,
+    max_passes: int = 64,
+) -> tuple[Tensor, Tensor, Solution]:
+    """Bracketed Newton for the largest beta with KL <= epsilon > 0, on f(beta) = sqrt(2 KL), nearly linear.
+
+    Returns (base_NV, ratio_NV, solution): log mu = base + beta ratio - log_z on the rows with beta > 0. The
+    first pass looks at both ends (beta = 0 and 1), value and slope of f at each; every further pass is one
+    Newton step. Rows that have converged leave the work; one host synchronization a pass.
+    """
+    zero_N, one_N = torch.zeros_like(epsilon_N), torch.ones_like(epsilon_N)
+    slack = 4 * torch.finfo(epsilon_N.dtype).eps
+    # KL is accepted between lower and upper, a window just below the budget, and aimed at its middle.
+    upper_N = epsilon_N * (1 - tolerance / 8) - slack
+    lower_N = epsilon_N * (1 - tolerance) - 3 * slack
+    aim_N = (upper_N + torch.maximum(lower_N, zero_N)).clamp_min(0).sqrt()  # f at the middle
+
+    dead_NV = (logp_student_NV == -math.inf) | (logp_teacher_NV == -math.inf)
+    base_NV = logp_student_NV.masked_fill(dead_NV, -math.inf)
+    ratio_NV = (logp_teacher_NV - logp_student_NV).masked_fill_(dead_NV, 0)
+    lost_N = torch.where(dead_NV, logp_student_NV, -math.inf).exp().sum(-1)
+    log_z0_N, centre_N, variance0_N = _moments(base_NV, ratio_NV, zero_N)
+    # Shifting the ratio changes no mu and no KL; centred, beta E[r] and log Z stay small and do not cancel.
+    ratio_NV.sub_(centre_N.nan_to_num(0.0)[:, None])
+    kl0_N = torch.log1p(lost_N * (-log_z0_N).exp())  # the limit of KL at beta -> 0
+    log_total_N = log_z0_N + kl0_N  # 0 up to rounding of the student's normalization
+    log_z1_N, mean1_N, variance1_N = _moments(base_NV, ratio_NV, one_N)
+    kl1_N = (mean1_N - log_z1_N + log_total_N).clamp_min(0)
+
+    teacher_N = kl1_N <= epsilon_N
+    student_N = ~teacher_N & (kl0_N > upper_N)
+    open_N = ~student_N & (kl1_N > epsilon_N)
+    beta_N = torch.where(teacher_N, one_N, torch.where(student_N | open_N, zero_N, math.nan))
+    kl_N = torch.where(student_N | open_N, zero_N, kl1_N)  # open rows start from the student: feasible
+    log_z_N, passes_N = log_z1_N.clone(), one_N.clone()
+
+    # A point on the curve is [5, N]: beta, f, dbeta/df, KL, log Z.
+    f1_N = (2 * kl1_N).sqrt()
+    f0_N = (2 * kl0_N).sqrt()
+    slope0_N = torch.where(f0_N > 0, math.inf, variance0_N.rsqrt())
+    low_5N = torch.stack([zero_N, f0_N, slope0_N, zero_N, log_z0_N])
+    high_5N = torch.stack([one_N, f1_N, f1_N / variance1_N, kl1_N, log_z1_N])
+    rows = open_N.nonzero().squeeze(-1)
+    low_5N, high_5N = low_5N[:, rows], high_5N[:, rows]
+    guess_N = _inside(_interpolate(low_5N, high_5N, aim_N[rows]), low_5N, high_5N)
+    work_base_NV, work_ratio_NV = base_NV, ratio_NV
+    if len(rows) < len(base_NV):
+        work_base_NV, work_ratio_NV = base_NV[rows], ratio_NV[rows]
+    for _ in range(max_passes - 1):
+        if len(rows) == 0:
+            break
+        log_z_M, mean_M, variance_M = _moments(work_base_NV, work_ratio_NV, guess_N)
+        passes_N[rows] += 1
+        kl_M = (guess_N * mean_M - log_z_M + log_total_N[rows]).clamp_min(0)
+        f_M = (2 * kl_M).sqrt()
+        point_5N = torch.stack([guess_N, f_M, f_M / (guess_N * variance_M), kl_M, log_z_M])
+        under_M = kl_M <= upper_N[rows]
+        low_5N, high_5N = torch.where(under_M, point_5N, low_5N), torch.where(under_M, high_5N, point_5N)
+        newton_M = guess_N + (aim_N[rows] - f_M) * point_5N[2]
+        guess_N = _inside(newton_M, low_5N, high_5N, _interpolate(low_5N, high_5N, aim_N[rows]))
+        beta_N[rows], kl_N[rows], log_z_N[rows] = low_5N[0], low_5N[3], low_5N[4]
+        # Also done when no number is left between the ends: the curve is steeper than the dtype resolves.
+        room_M = (guess_N > low_5N[0]) & (guess_N < high_5N[0])
+        keep = (room_M & ~(under_M & (kl_M >= lower_N[rows]))).nonzero().squeeze(-1)
+        if len(keep) < len(rows):
+            rows, guess_N = rows[keep], guess_N[keep]
+            low_5N, high_5N = low_5N[:, keep], high_5N[:, keep]
+            work_base_NV, work_ratio_NV = work_base_NV[keep], work_ratio_NV[keep]
+    return base_NV, ratio_NV, Solution(beta_N, kl_N, log_z_N, passes_N)
+
+
+def _moments(base_NV: Tensor, ratio_NV: Tensor, beta_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log sum_a w, and mean and variance of the ratio under w, for w = e^(base + beta ratio): one pass."""
+    w_NV = torch.addcmul(base_NV, beta_N[:, None], ratio_NV)
+    top_N = w_NV.amax(-1).clamp_min(torch.finfo(w_NV.dtype).min)  # finite also for a row of -inf
+    z_N = w_NV.sub_(top_N[:, None]).exp_().sum(-1)
+    mean_N = w_NV.mul_(ratio_NV).sum(-1) / z_N
+    square_N = w_NV.mul_(ratio_NV).sum(-1) / z_N
+    return top_N + z_N.log(), mean_N, (square_N - mean_N**2).clamp_min(0)
+
+
+def _interpolate(low_5N: Tensor, high_5N: Tensor, aim_N: Tensor) -> Tensor:
+    """beta at f = aim by the monotone rational quadratic that has the value and slope of both ends."""
+    (beta0_N, f0_N, slope0_N), (beta1_N, f1_N, slope1_N) = low_5N[:3], high_5N[:3]
+    rise_N, run_N = beta1_N - beta0_N, f1_N - f0_N
+    t_N = (aim_N - f0_N) / run_N
+    a_N, b_N = slope0_N * run_N / rise_N, slope1_N * run_N / rise_N
+    return beta0_N + rise_N * (t_N**2 + a_N * t_N * (1 - t_N)) / (1 + (a_N + b_N - 2) * t_N * (1 - t_N))
+
+
+def _inside(guess_N: Tensor, low_5N: Tensor, high_5N: Tensor, second_N: Tensor | None = None) -> Tensor:
+    """The guess if it lies strictly inside the bracket, else the second guess, else the middle."""
+    low_N, high_N = low_5N[0], high_5N[0]
+    other_N = (low_N + high_N) / 2 if second_N is None else _inside(second_N, low_5N, high_5N)
+    return torch.where((guess_N > low_N) & (guess_N < high_N), guess_N, other_N)
+
+
+def _epsilon_rows(
+    epsilon: float | Tensor, batch: torch.Size, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """epsilon as one number a row, checked."""
+    budget = torch.as_tensor(epsilon, dtype=dtype, device=device)
+    if budget.dim() > 0 and budget.shape != batch:
+        raise ValueError(
+            f"epsilon has shape {tuple(budget.shape)}, but must be a scalar or have the batch's, {tuple(batch)}."
+        )
+    good = (budget >= 0) & (budget < math.inf)
+    if not bool(good.all()):
+        raise ValueError(
+            f"epsilon must be finite and at least 0 nats, but is {float(budget[~good].flatten()[0])}."
+        )
+    return budget.expand(batch).reshape(-1)

@@ -16,6 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Log-probabilities under this are probability 0: float64 holds hardly less, and float32 would lose the digits
+# of beta * ratio.
+LOG_ZERO = -700.0
+
 
 class Blend(NamedTuple):
     """A rollout policy at each prefix, next to what it cost.
@@ -53,14 +57,15 @@ def blend(
     epsilon: budget in nats, a scalar or a tensor of the batch shape [...].
     tolerance: a budget that binds is used to within this fraction, from below: KL in
       [epsilon (1 - tolerance), epsilon]. float32 cannot resolve KL below about 1e-7 nats, so there the solver
-      keeps another 5e-7 to 1.5e-6 of distance, and a budget under 1e-6 gives the student.
+      keeps another 5e-7 to 1.5e-6 of distance, and a budget under 5e-7 gives the student.
     max_passes: sweeps over the vocabulary after which a row settles for the best feasible beta so far.
 
     Exact cases: log_mu is bitwise logp_student where epsilon = 0, and bitwise logp_teacher where
     KL(pi_T || pi_S) <= epsilon. Where the student gives a token probability 0 (-inf), mu does too: the
     teacher is then cut to the student's support and renormalized, and KL is measured from there. Where only
     the teacher gives 0, every beta > 0 gives 0, which costs at least -log pi_S(teacher's support): if that
-    exceeds the budget, mu is the student. NaN in a row gives NaN in that row.
+    exceeds the budget, mu is the student. A log-probability under -700 counts as -inf (some models mask with
+    -1e9). NaN in a row gives NaN in that row.
 
     Raises ValueError for shapes that differ, an epsilon that is negative or not finite, a tolerance outside
     (0, 1).
@@ -90,7 +95,7 @@ def blend(
             student_NV, teacher_NV, epsilon_N[rows], tolerance=tolerance, max_passes=max_passes
         )
         beta_N[rows], kl_N[rows] = solution.beta_N, solution.kl_N
-        cut_N = ((student_NV == -math.inf) & (teacher_NV > -math.inf)).any(-1)
+        cut_N = ((student_NV < LOG_ZERO) & (teacher_NV >= LOG_ZERO)).any(-1)
         whole_N = (solution.beta_N == 1) & ~cut_N
         mixed_N = (solution.beta_N != 0) & ~whole_N
         log_mu_NV[rows[whole_N]] = teacher_NV[whole_N]
@@ -120,7 +125,7 @@ def solve_beta(
     lower_N = epsilon_N * (1 - tolerance) - 3 * slack
     aim_N = (upper_N + torch.maximum(lower_N, zero_N)).clamp_min(0).sqrt()  # f at the middle
 
-    dead_NV = (logp_student_NV == -math.inf) | (logp_teacher_NV == -math.inf)
+    dead_NV = (logp_student_NV < LOG_ZERO) | (logp_teacher_NV < LOG_ZERO)
     base_NV = logp_student_NV.masked_fill(dead_NV, -math.inf)
     ratio_NV = (logp_teacher_NV - logp_student_NV).masked_fill_(dead_NV, 0)
     lost_N = torch.where(dead_NV, logp_student_NV, -math.inf).exp().sum(-1)
@@ -206,12 +211,9 @@ def _epsilon_rows(
     """epsilon as one number a row, checked."""
     budget = torch.as_tensor(epsilon, dtype=dtype, device=device)
     if budget.dim() > 0 and budget.shape != batch:
-        raise ValueError(
-            f"epsilon has shape {tuple(budget.shape)}, but must be a scalar or have the batch's, {tuple(batch)}."
-        )
+        raise ValueError(f"epsilon has shape {tuple(budget.shape)}, but must be a scalar or {tuple(batch)}.")
     good = (budget >= 0) & (budget < math.inf)
     if not bool(good.all()):
-        raise ValueError(
-            f"epsilon must be finite and at least 0 nats, but is {float(budget[~good].flatten()[0])}."
-        )
+        bad = float(budget[~good].flatten()[0])
+        raise ValueError(f"epsilon must be finite and at least 0 nats, but is {bad}.")
     return budget.expand(batch).reshape(-1)

@@ -64,8 +64,8 @@ def probabilities(logp: Tensor) -> np.ndarray:
 
 
 def reverse_kl(logits_student: Tensor, logits_teacher: Tensor) -> Tensor:
-    """KL(pi_S || pi_T) of one row of float64 logits, differentiable; tokens at -inf in the student are left
-    out.""" live = logits_student > -math.inf
+    """KL(pi_S || pi_T) of one row of logits, differentiable; tokens at -inf in the student are left out."""
+    live = logits_student > -math.inf
     p = torch.exp(logits_student[live]) / torch.exp(logits_student[live]).sum()
     q = torch.exp(logits_teacher) / torch.exp(logits_teacher).sum()
     return sum((a * (torch.log(a) - torch.log(b)) for a, b in zip(p, q[live], strict=True)), p.new_zeros(()))
@@ -76,12 +76,13 @@ def topk_loss(logits_student: Tensor, logits_teacher: Tensor, k: int) -> Tensor:
     denominator."""
     p = torch.exp(logits_student) / torch.exp(logits_student).sum()
     q = torch.exp(logits_teacher) / torch.exp(logits_teacher).sum()
-    support = sorted(range(len(p)), key=lambda v: -float(p[v]))[:k]
-    mass = sum(float(p[v]) for v in support)
+    support = sorted(range(len(p)), key=lambda v: -float(p.detach()[v]))[:k]
+    mass = sum(float(p.detach()[v]) for v in support)
     loss = p.new_zeros(())
     for v in support:
-        advantage = float(p[v]) / mass * (math.log(float(q[v])) - math.log(float(p[v])))
-        loss = loss - advantage * p[v] / p[v].detach()
+        constant = float(p[v].detach())
+        advantage = constant / mass * (math.log(float(q[v])) - math.log(constant))
+        loss = loss - advantage * p[v] / constant
     return loss
 
 
@@ -89,8 +90,8 @@ def truncated_kl(logits_student: Tensor, logits_teacher: Tensor, k: int) -> Tens
     """What the top-k loss is not: sum over the top k of w log(pi_S / pi_T), to be differentiated directly."""
     p = torch.exp(logits_student) / torch.exp(logits_student).sum()
     q = torch.exp(logits_teacher) / torch.exp(logits_teacher).sum()
-    support = sorted(range(len(p)), key=lambda v: -float(p[v]))[:k]
-    mass = sum(float(p[v]) for v in support)
+    support = sorted(range(len(p)), key=lambda v: -float(p.detach()[v]))[:k]
+    mass = sum(float(p.detach()[v]) for v in support)
     return sum(p[v] / mass * (torch.log(p[v]) - torch.log(q[v])) for v in support)
 
 

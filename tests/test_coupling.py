@@ -44,8 +44,8 @@ def counts(tokens):
 
 
 def test_tokens_follow_mu_at_every_position():
-    """chi-square against mu at position 1, and at positions 2 and 3 given the token before; fails for
-    pi_S.""" logp_student, log_mu = walk()
+    """chi-square against mu at position 1, at 2 and 3 given the token before; fails for pi_S."""
+    logp_student, log_mu = walk()
     _, out = roll(60_000, 3, logp_student, log_mu, seed=1)
     first = counts(out.tokens_BG[:, 0])
     assert oracles.chi_square(first, oracles.probabilities(log_mu[0])) > ALPHA
@@ -61,8 +61,8 @@ def test_tokens_follow_mu_at_every_position():
 
 
 def test_restarted_blocks_make_an_exact_chain():
-    """Blocks of 2 continued at the cut give 3 tokens from the joint law of mu: all V^3 sequences are
-    tested.""" logp_student, log_mu = walk(seed=3)
+    """Blocks of 2 continued at the cut give 3 tokens from the joint law of mu (all V^3 sequences)."""
+    logp_student, log_mu = walk(seed=3)
     rows, g = 40_000, torch.Generator().manual_seed(2)
     sequence = torch.zeros(rows, 4, dtype=torch.long)  # column 0 is the start token
     done = torch.zeros(rows, dtype=torch.long)

@@ -15,8 +15,8 @@ INF = math.inf
 
 
 def pair(rows, size, *, gap, sharpness=2.0, seed=0, dtype=torch.float32):
-    """Student and teacher log-probabilities; the teacher's logits are the student's plus noise of size
-    `gap`.""" g = torch.Generator().manual_seed(seed)
+    """Log-probabilities of student and teacher, whose logits differ by noise of size `gap`."""
+    g = torch.Generator().manual_seed(seed)
     student = sharpness * torch.randn(rows, size, generator=g, dtype=torch.float64)
     teacher = student + gap * torch.randn(rows, size, generator=g, dtype=torch.float64)
     return student.log_softmax(-1).to(dtype), teacher.log_softmax(-1).to(dtype)

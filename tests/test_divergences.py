@@ -1,0 +1,349 @@
+"""Losses and their gradients against naive float64 references."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import oracles
+import pytest
+import torch
+
+from verl_trb.divergences import chunked_reverse_kl, linear_reverse_kl, sampled_advantage, token_logp
+from verl_trb.trust_region import blend
+from verl_trb.vocabulary import canonicalize, share_vocabulary
+
+INF = math.inf
+
+
+def logits(rows=7, size=13, scale=2.0, seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    return [(scale * torch.randn(rows, size, generator=g, dtype=torch.float64)).to(dtype) for _ in range(2)]
+
+
+def reference(loss_of_row, student, teacher, weight):
+    """Loss of each row and the gradient of sum(weight * loss), row by row in float64."""
+    leaf = student.double().detach().clone().requires_grad_()
+    loss = torch.stack([loss_of_row(leaf[i], teacher[i].double()) for i in range(len(leaf))])
+    (loss * weight.double()).sum().backward()
+    return loss.detach(), leaf.grad
+
+
+def shared(size=13, student_eos=4, teacher_eos=9, student_rows=13, teacher_rows=13):
+    ids = {f"t{i}": i for i in range(size)}
+    return share_vocabulary(
+        ids,
+        ids,
+        student_eos=student_eos,
+        teacher_eos=teacher_eos,
+        student_rows=student_rows,
+        teacher_rows=teacher_rows,
+        spare_ids=[0],
+    )
+
+
+LOSSES = [
+    (None, oracles.reverse_kl),
+    *((k, lambda s, t, k=k: oracles.topk_loss(s, t, k)) for k in (1, 4, 13)),
+]
+PRECISION = {
+    torch.float64: {"rtol": 1e-9, "atol": 1e-12},
+    torch.float32: {"rtol": 1e-4, "atol": 1e-5},
+    torch.bfloat16: {"rtol": 2e-2, "atol": 1e-3},
+}
+
+
+@pytest.mark.parametrize("dtype", list(PRECISION))
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 100])
+@pytest.mark.parametrize(("topk", "oracle"), LOSSES)
+def test_value_and_gradient_from_logits(topk, oracle, chunk_tokens, dtype):
+    """For any weighting of the tokens; the gradient has the logits' dtype, the loss is float32 at least."""
+    student, teacher = logits(dtype=dtype)
+    weight = torch.linspace(-1, 2, len(student))
+    expected, expected_grad = reference(oracle, student, teacher, weight)
+    student.requires_grad_()
+    out = chunked_reverse_kl(student, teacher, topk=topk, chunk_tokens=chunk_tokens)
+    (out.loss_N * weight).sum().backward()
+    value = PRECISION[torch.float64 if dtype == torch.float64 else torch.float32]
+    torch.testing.assert_close(out.loss_N.double(), expected, **value)
+    torch.testing.assert_close(student.grad.double(), expected_grad, **PRECISION[dtype])
+    assert student.grad.dtype == dtype and out.loss_N.dtype == torch.promote_types(dtype, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", list(PRECISION))
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("topk", "oracle"), LOSSES[:3])
+def test_value_and_gradient_through_output_layers(topk, oracle, bias, dtype):
+    """Hidden sizes differ, the temperature is not 1, 7 tokens in chunks of 3."""
+    g = torch.Generator().manual_seed(0)
+    shapes = {
+        "hidden": (7, 5),
+        "weight": (13, 5),
+        "hidden_t": (7, 8),
+        "weight_t": (13, 8),
+        "b": (13,),
+        "b_t": (13,),
+    }
+    x = {
+        name: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+        for name, shape in shapes.items()
+    }
+    weight = torch.linspace(-1, 2, 7, dtype=torch.float64)
+    leaves = {name: x[name].clone().requires_grad_() for name in ("hidden", "weight", "b")}
+    exact = {name: x[name].double().requires_grad_() for name in ("hidden", "weight", "b")}
+    temperature = 0.7
+    z_s = (exact["hidden"] @ exact["weight"].T + bias * exact["b"]) / temperature
+    z_t = (x["hidden_t"].double() @ x["weight_t"].double().T + bias * x["b_t"].double()) / temperature
+    expected = torch.stack([oracle(z_s[i], z_t[i]) for i in range(7)])
+    (expected * weight).sum().backward()
+
+    out = linear_reverse_kl(
+        leaves["hidden"],
+        leaves["weight"],
+        x["hidden_t"].requires_grad_(),
+        x["weight_t"].requires_grad_(),
+        bias_student_V=leaves["b"] if bias else None,
+        bias_teacher_V=x["b_t"] if bias else None,
+        temperature=temperature,
+        topk=topk,
+        chunk_tokens=3,
+    )
+    (out.loss_N * weight).sum().backward()
+    close = PRECISION[dtype] if dtype != torch.bfloat16 else {"rtol": 5e-2, "atol": 0.15}  # bfloat16 products
+    torch.testing.assert_close(out.loss_N.double(), expected.detach(), **close)
+    for name in ("hidden", "weight", "b") if bias else ("hidden", "weight"):
+        assert leaves[name].grad.dtype == dtype
+        torch.testing.assert_close(leaves[name].grad.double(), exact[name].grad, **close)
+    assert x["hidden_t"].grad is None and x["weight_t"].grad is None
+
+
+def test_frozen_parts_get_no_gradient():
+    hidden, weight = torch.randn(4, 3, requires_grad=True), torch.randn(6, 3)
+    linear_reverse_kl(hidden, weight, torch.randn(4, 2), torch.randn(6, 2)).loss_N.sum().backward()
+    assert hidden.grad is not None and weight.grad is None
+    student, teacher = logits(dtype=torch.float32)
+    with torch.no_grad():
+        assert not chunked_reverse_kl(student.requires_grad_(), teacher).loss_N.requires_grad
+
+
+@pytest.mark.parametrize("topk", [None, 4])
+def test_statistics(topk):
+    """Exact KL and both entropies come with either loss, without gradient."""
+    student, teacher = logits()
+    out = chunked_reverse_kl(student.requires_grad_(), teacher, topk=topk, chunk_tokens=2)
+    for i in range(len(student)):
+        p, q = oracles.probabilities(student[i].detach()), oracles.probabilities(teacher[i])
+        assert float(out.reverse_kl_N[i]) == pytest.approx(oracles.kl(p, q), rel=1e-9)
+        assert float(out.student_entropy_N[i]) == pytest.approx(-sum(p * [math.log(a) for a in p]), rel=1e-9)
+        assert float(out.teacher_entropy_N[i]) == pytest.approx(-sum(q * [math.log(a) for a in q]), rel=1e-9)
+    assert not out.reverse_kl_N.requires_grad and not out.teacher_entropy_N.requires_grad
+
+
+def test_topk_gradient_is_not_that_of_the_truncated_sum():
+    """The values agree; the truncated sum, differentiated, pulls elsewhere. With k = V the two are one."""
+    student, teacher = logits()
+    for k, same in ((4, False), (13, True)):
+        leaf = student.clone().requires_grad_()
+        out = chunked_reverse_kl(leaf, teacher, topk=k)
+        out.loss_N.sum().backward()
+        one = torch.ones(len(student))
+        value, grad = reference(lambda s, t, k=k: oracles.truncated_kl(s, t, k), student, teacher, one)
+        torch.testing.assert_close(out.loss_N.detach(), value)
+        assert torch.allclose(leaf.grad, grad, atol=1e-6) == same
+        if not same:
+            assert (leaf.grad - grad).norm() > 0.1 * grad.norm()
+
+
+@pytest.mark.parametrize("topk", [None, 5])
+def test_masked_tokens_contribute_nothing(topk):
+    """-inf in both models: the same loss and gradient as without those columns; even for k beyond them."""
+    student, teacher = logits()
+    gone = [1, 5, 12, 2, 3, 4, 6, 7, 8]
+    left = [i for i in range(13) if i not in gone]
+    small_student = student[:, left].clone().requires_grad_()
+    small = chunked_reverse_kl(small_student, teacher[:, left], topk=topk)
+    small.loss_N.sum().backward()
+    student[:, gone], teacher[:, gone] = -INF, -INF
+    out = chunked_reverse_kl(student.requires_grad_(), teacher, topk=topk)
+    out.loss_N.sum().backward()
+    for a, b in zip(out, small, strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(student.grad[:, left], small_student.grad)
+    assert not student.grad[:, gone].any()
+
+
+@pytest.mark.parametrize("topk", [None, 4])
+def test_student_mass_where_the_teacher_has_none_costs_infinity(topk):
+    student, teacher = logits()
+    teacher[2, student[2].argmax()] = -INF
+    out = chunked_reverse_kl(student.requires_grad_(), teacher, topk=topk)
+    assert out.loss_N[2] == INF and out.loss_N[[0, 1, 3]].isfinite().all()
+    # A token the loss is not averaged over (weight 0) must not poison the others.
+    (out.loss_N * torch.tensor([1.0, 1, 0, 1, 1, 1, 1])).nan_to_num().sum().backward()
+    assert student.grad.isfinite().all() and not student.grad[2].any()
+
+
+def test_identical_models_cost_nothing():
+    student, _ = logits(scale=8.0, dtype=torch.float32)
+    for topk in (None, 4):
+        leaf = student.clone().requires_grad_()
+        out = chunked_reverse_kl(leaf, student.clone(), topk=topk)
+        out.loss_N.sum().backward()
+        assert not out.loss_N.any() and not leaf.grad.any()
+
+
+@pytest.mark.parametrize("topk", [None, 4])
+@pytest.mark.parametrize(("student_eos", "teacher_eos"), [(4, 9), (9, 4), (4, 4)])
+def test_shared_vocabulary_in_both_paths(student_eos, teacher_eos, topk):
+    """Padded rows and two EOS: as if canonicalized before; padding rows get no gradient."""
+    vocabulary = shared(11, student_eos, teacher_eos, 13, 16)
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(6, 5, generator=g).double(), torch.randn(13, 5, generator=g).double()
+    hidden_t, weight_t = torch.randn(6, 4, generator=g).double(), torch.randn(16, 4, generator=g).double()
+    weight.requires_grad_()
+    student, teacher = hidden @ weight.T, hidden_t @ weight_t.T
+    student.retain_grad()
+    both = [canonicalize(z, vocabulary, role) for z, role in ((student, "student"), (teacher, "teacher"))]
+    expected = chunked_reverse_kl(*both, topk=topk).loss_N
+    from_logits = chunked_reverse_kl(student, teacher, topk=topk, vocabulary=vocabulary, chunk_tokens=4)
+    from_function = chunked_reverse_kl(student, lambda rows: teacher[rows], topk=topk, vocabulary=vocabulary)
+    linear = linear_reverse_kl(
+        hidden, weight, hidden_t, weight_t, topk=topk, vocabulary=vocabulary, chunk_tokens=4
+    )
+    grads = []
+    for loss in (expected, from_logits.loss_N, from_function.loss_N, linear.loss_N):
+        torch.testing.assert_close(loss, expected)
+        grads.append(torch.autograd.grad(loss.sum(), weight, retain_graph=True)[0])
+        torch.testing.assert_close(grads[-1], grads[0])
+    assert grads[0].any() and not grads[0][11:].any()
+    assert all(not grads[0][i].any() for i in vocabulary.masked)
+
+
+def test_second_backward_is_refused():
+    student, teacher = logits()
+    loss = chunked_reverse_kl(student.requires_grad_(), teacher).loss_N.sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="compute the loss again"):
+        loss.backward()
+
+
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """Records the largest float32 tensor any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor) and x.dtype == torch.float32:
+                self.numbers = max(self.numbers, x.untyped_storage().nbytes() // 4)
+        return out
+
+
+def test_no_large_float32_tensor():
+    """Forward and backward of N = 64 tokens in chunks of 4, V = 1000: the largest is a chunk, not N x V."""
+    student, teacher = logits(64, 1000, dtype=torch.bfloat16)
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(64, 4, generator=g).bfloat16(), torch.randn(1000, 4, generator=g).bfloat16()
+    hidden.requires_grad_(), weight.requires_grad_(), student.requires_grad_()
+    with Largest() as largest:
+        chunked_reverse_kl(student, teacher, chunk_tokens=4).loss_N.mean().backward()
+        linear_reverse_kl(
+            hidden, weight, hidden.detach(), -weight.detach(), chunk_tokens=4
+        ).loss_N.mean().backward()
+    assert 0 < largest.numbers <= 4 * 1000
+    with Largest() as largest:  # the instrument sees a larger chunk
+        chunked_reverse_kl(student, teacher, chunk_tokens=8)
+    assert largest.numbers == 8 * 1000
+
+
+def test_qwen_sized_vocabulary_in_float32():
+    """V = 151,936 in float32 against the float64 sum: value and gradient."""
+    student, teacher = logits(2, 151_936, dtype=torch.float32)
+    out = chunked_reverse_kl(student.requires_grad_(), teacher, chunk_tokens=1)
+    out.loss_N.sum().backward()
+    logp, logq = student.detach().double().log_softmax(-1), teacher.double().log_softmax(-1)
+    kl = (logp.exp() * (logp - logq)).sum(-1)
+    torch.testing.assert_close(out.loss_N.double(), kl, rtol=1e-5, atol=0)
+    expected = logp.exp() * (logp - logq - kl[:, None])
+    assert (student.grad - expected).abs().sum() < 1e-4 * expected.abs().sum()
+
+
+@pytest.mark.parametrize("vocabulary", [None, shared(11, 4, 9, 13, 13)])
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_token_logp(vocabulary, role):
+    student, _ = logits()
+    tokens = torch.tensor([0, 1, 2, 4, 4, 6, 10])
+    if vocabulary is not None:
+        tokens[0] = 3
+    leaf, exact = student.clone().requires_grad_(), student.clone().requires_grad_()
+    weight = torch.linspace(-1, 2, 7, dtype=torch.float64)
+    z = exact if vocabulary is None else canonicalize(exact, vocabulary, role)
+    expected = z.log_softmax(-1)[range(7), tokens]
+    got = token_logp(leaf, tokens, vocabulary=vocabulary, role=role, chunk_tokens=3)
+    torch.testing.assert_close(got, expected)
+    if role == "student":
+        (expected * weight).sum().backward()
+        (got * weight).sum().backward()
+        torch.testing.assert_close(leaf.grad, exact.grad)
+
+
+def test_sampled_advantage_gives_the_reverse_kl_gradient():
+    """Every sequence of 2 tokens over 4, drawn from TRB's mu, enumerated: the expected policy gradient is
+    that of the per-prefix reverse KL on the prefixes mu visits. Without the weight pi_S/mu it is biased.
+    """
+    size = 4
+    student, teacher = logits(1 + size, size, seed=3)  # row 0: the empty prefix; row 1 + a: after token a
+    student.requires_grad_()
+    logp_s, logp_t = student.log_softmax(-1), teacher.log_softmax(-1)
+    log_mu = blend(logp_s.detach(), logp_t, 0.2).log_mu
+    visits = torch.cat([torch.ones(1), log_mu[0].exp()]).double()
+    exact = (
+        visits * torch.stack([oracles.reverse_kl(student[i], teacher[i]) for i in range(1 + size)])
+    ).sum()
+    exact_grad = torch.autograd.grad(exact, student)[0]
+
+    sequences = torch.tensor(list(itertools.product(range(size), repeat=2)))
+    prefixes = torch.stack([torch.zeros(len(sequences), dtype=torch.long), 1 + sequences[:, 0]], 1)
+    s, t, m = (table[prefixes, sequences] for table in (logp_s, logp_t, log_mu))
+    probability = m.sum(-1, keepdim=True).exp()
+    mask = torch.ones_like(sequences)
+
+    def gradient(behavior):
+        advantage = sampled_advantage(s, t, behavior, mask).double()
+        assert not advantage.requires_grad
+        return torch.autograd.grad(-(probability * advantage * s).sum(), student, retain_graph=True)[0]
+
+    torch.testing.assert_close(gradient(m), exact_grad, rtol=1e-5, atol=1e-6)
+    biased = gradient(s)  # weight 1: as if the tokens had come from the student
+    assert (biased - exact_grad).norm() > 0.1 * exact_grad.norm()
+
+
+def test_sampled_advantage_values():
+    s, t, m = (torch.tensor([[a, -INF]]) for a in (-1.0, -3.0, -0.5))
+    advantage = sampled_advantage(s, t, m, torch.tensor([[1, 0]]))
+    torch.testing.assert_close(advantage, torch.tensor([[math.exp(-0.5) * -2.0, 0.0]]))
+
+
+def test_no_tokens_at_all():
+    out = chunked_reverse_kl(torch.zeros(0, 5, requires_grad=True), torch.zeros(0, 5))
+    out.loss_N.sum().backward()
+    assert out.loss_N.shape == (0,)
+
+
+def test_wrong_input():
+    student, teacher = logits()
+    hidden, weight = torch.zeros(7, 3), torch.zeros(13, 3)
+    for words, call in (
+        ("topk", lambda: chunked_reverse_kl(student, teacher, topk=0)),
+        ("chunk_tokens", lambda: chunked_reverse_kl(student, teacher, chunk_tokens=0)),
+        ("7 tokens", lambda: chunked_reverse_kl(student, teacher[:3])),
+        ("shape", lambda: chunked_reverse_kl(student, teacher[:, :5])),
+        ("logits must be", lambda: chunked_reverse_kl(student[None], lambda rows: teacher)),
+        ("temperature", lambda: linear_reverse_kl(hidden, weight, hidden, weight, temperature=0.0)),
+        ("7 and 6 tokens", lambda: linear_reverse_kl(hidden, weight, hidden[:6], weight)),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from rich.cells import cell_len
 
-from verl_trb.display import Display, count, duration, result_rows, significant
+from verl_trb.display import SPINNER, Display, count, duration, result_rows, significant
 from verl_trb.report import Point, Summary
 
 ROOT = Path(__file__).parents[1]
@@ -279,6 +279,8 @@ def test_in_a_terminal(columns: int) -> None:
     path = "  run   runs/" + "x" * 150
     assert path in shown  # whole, for copying: never wrapped
     assert max(cell_len(line) for line in shown if line != path) <= columns
+    live = [line for line in shown if set(SPINNER) & set(line) or line.startswith("    ε")]
+    assert live and max(cell_len(line) for line in live) <= columns - 3  # an echoed ^C must not wrap
     text = "\n".join(shown)
     assert "╭─ Trust-region behavior blending ─" in text and "╭─ Results ─" in text
     assert re.search(r"(?m)✔ starting the rollout engine .*\d s$", text)

@@ -185,11 +185,12 @@ class Display:
 
     def _render(self) -> RenderableType:
         """The live region: the running stage and, while training, the progress in a line (two if narrow)."""
+        width = self.console.width - 3  # room for the ^C a terminal echoes: a wrapped line is never erased
         lines: list[RenderableType] = []
         now, stage, metrics = time.monotonic(), self._stage, self._metrics
         spinner = Text(SPINNER[int(10 * now) % len(SPINNER)], style=ACCENT)
         if stage:
-            lines.append(self._wide(Text.assemble("  ", spinner, " ", stage[0]), now - stage[1]))
+            lines.append(self._wide(Text.assemble("  ", spinner, " ", stage[0]), now - stage[1], width))
         if metrics is not None:
             head = Text.assemble("  ", " " if stage else spinner, f" {self._position(metrics)}  ")
             share = int(metrics["step"]) / max(self.total_steps, 1)
@@ -198,14 +199,14 @@ class Display:
                 numbers.append(f"   {name} ", LABEL).append(value, "bold")
             for value in self._clock(metrics):
                 clock.append(f"   {value}", LABEL)
-            room = self.console.width - head.cell_len - clock.cell_len
+            room = width - head.cell_len - clock.cell_len
             if room - numbers.cell_len >= 12:
                 lines.append(head + _bar(share, min(room - numbers.cell_len, 40), ACCENT) + numbers + clock)
             else:
                 lines += [head + _bar(share, max(room, 4), ACCENT) + clock, Text(" ") + numbers]
             for line in lines[-2:]:
                 if isinstance(line, Text):
-                    line.no_wrap, line.overflow = True, "ellipsis"
+                    line.truncate(width, overflow="ellipsis")
         return Group(*lines)
 
     def _panel(self, title: str, rows: Iterable[tuple[str, str]]) -> Padding:
@@ -219,10 +220,10 @@ class Display:
         look: Any = {"title_align": "left", "border_style": LABEL, "padding": (1, 2)}
         return Padding(Panel(grid, title=heading, width=width, **look), (1, 0))
 
-    def _wide(self, text: Text, seconds: float) -> Table:
+    def _wide(self, text: Text, seconds: float, width: int) -> Table:
         """A stage's line, its seconds flush right."""
         grid = Table.grid(padding=(0, 0, 0, 1), expand=True)
-        grid.width = min(self.console.width, MAX_WIDTH)
+        grid.width = min(width, MAX_WIDTH)
         grid.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
         grid.add_column(justify="right", style=LABEL, no_wrap=True)
         grid.add_row(text, duration(seconds) if seconds >= 0.1 else "")
@@ -238,7 +239,7 @@ class Display:
         if self._live:
             self._live.refresh()  # or else what is done would flash up once more below its own line
         mark = ("✔", "green") if ok else ("✘", "red")
-        self.console.print(self._wide(Text.assemble("  ", mark, " ", text), seconds))
+        self.console.print(self._wide(Text.assemble("  ", mark, " ", text), seconds, self.console.width))
 
     def _end_stage(self, ok: bool) -> None:
         stage, self._stage = self._stage, None

@@ -1,0 +1,30 @@
+# What people do every day. `make quickstart` and `make test` set everything up (CPU, Linux x86-64, Python 3.11/3.12).
+
+PYTHON_VENV := .venv/bin/python
+# One thread a test process: the tests' own processes share the cores.
+TEST := OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest
+
+.PHONY: quickstart setup test test-slow lint lock clean
+
+quickstart: setup
+	@$(PYTHON_VENV) -m verl_trb.main recipe=quickstart
+
+setup:
+	@scripts/setup_cpu.sh
+
+test: setup
+	@$(TEST)
+
+test-slow: setup
+	@$(TEST) -m slow
+
+lint: setup
+	@$(PYTHON_VENV) -m ruff check .
+	@$(PYTHON_VENV) -m ruff format --check --quiet . || echo "lint: some files are not formatted (ruff format .)"
+	@$(PYTHON_VENV) -m mypy
+
+lock:
+	@python3.11 scripts/lock.py
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

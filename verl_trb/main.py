@@ -1,0 +1,89 @@
+"""The entry point.
+
+    python -m verl_trb.main recipe=quickstart                         # run a recipe of the folder recipes/
+    python -m verl_trb.main recipe=quickstart trb.epsilon=0.02        # override anything, ours or verl's
+    python -m verl_trb.main recipe=qwen3_1p7b dry_run=true            # print what would run and what is wrong
+
+Composes and checks the configuration, makes the task's models and data if the recipe asks for them, checks the
+machine and the files, and hands over to launch.py. Nothing heavy is imported before the configuration is right.
+Exit code 2 with one line `error: ...` for what the user can mend.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from omegaconf import DictConfig, open_dict
+from rich.console import Console
+from rich.text import Text
+
+from verl_trb import composition
+from verl_trb.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line (by default this process's). Returns the exit code: 0, 1 failed, 2 refused, 130 Ctrl-C."""
+    try:
+        return composition.run(run, arguments)
+    except UserError as error:
+        text = Text.assemble(("error: ", "bold red"), " ".join(str(error).split()))
+        Console(stderr=True, soft_wrap=True, highlight=False).print(text)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def run(config: DictConfig) -> int:
+    """One run of a composed, checked configuration. Returns its exit code; raises UserError before Ray starts."""
+    from verl_trb import compat, preflight
+
+    if config.dry_run:
+        from verl_trb import dry_run
+
+        return dry_run.show(config)
+
+    from verl_trb.display import Display
+
+    compat.check_versions()
+    with Display(total_steps=config.trainer.total_training_steps or 0) as display:
+        display.header(header(config))
+        if config.trb.prepare:
+            display.stage(f"models and data of {config.trb.prepare}")
+            prepare(config, display.stage)
+        display.stage("checking models, data and machine")
+        preflight.check(config)
+        from verl_trb.launch import launch
+
+        return launch(config, display)
+
+
+def prepare(config: DictConfig, progress: Callable[[str], None]) -> None:
+    """Makes (or finds) the models and data of task trb.prepare, and fills in the paths that are null."""
+    from verl_trb.tasks.prepare import prepare as prepare_task
+
+    try:
+        made = prepare_task(config.trb.prepare, config.trb.cache_dir, progress)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(str(error)) from error
+    with open_dict(config):
+        config.actor_rollout_ref.model.path = config.actor_rollout_ref.model.path or str(made.student)
+        config.trb.teacher.path = config.trb.teacher.path or str(made.teacher)
+        config.data.train_files = config.data.train_files or str(made.train_file)
+        config.data.val_files = config.data.val_files or str(made.val_file)
+
+
+def header(config: DictConfig) -> dict[str, str]:
+    """What the screen says first."""
+    trb = config.trb
+    return {
+        "recipe": trb.recipe,
+        "student": config.actor_rollout_ref.model.path or f"made by task {trb.prepare}",
+        "teacher": trb.teacher.path or f"made by task {trb.prepare}",
+        "rollouts": f"{trb.policy}, ε₀ = {trb.epsilon:g}, K = {trb.warmup_steps}, γ = {trb.draft_tokens}",
+        "loss": f"reverse KL, {trb.loss}",
+        "results": trb.run_dir,
+        "logs": f"{trb.run_dir}/logs",
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

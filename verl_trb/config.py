@@ -124,7 +124,7 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
     # Or the right name in the wrong place.
     near = near or [other for other in known if other.rpartition(".")[2] == leaf][:3]
     where = f"{parent} has" if parent else "there are"
-    names = ", ".join([*sorted(siblings)[:12], *(["..."] if len(siblings) > 12 else [])])
+    names = ", ".join([*sorted(siblings)[:12], *(["and more"] if len(siblings) > 12 else [])])
     hint = f"did you mean {' or '.join(near)}?" if near else f"{where} {names}." if names else "see --cfg job."
     return f"There is no configuration key {key}; {hint}"
 

@@ -24,19 +24,21 @@ from torch import Tensor
 
 from verl_trb.vocabulary import Role, SharedVocabulary, canonicalize
 
-# (student logits of a chunk, its rows, whether the gradient is needed)
-#   -> (values_KC, the first of which is the loss, and d loss / d logits over the shared vocabulary or None)
-RowLoss = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
+# (student logits of a chunk, its rows, upstream_JC or None)
+#   -> (values_KC, and sum_j upstream_j d values_j / d logits over the shared vocabulary, None without upstream)
+RowLoss = Callable[[Tensor, slice, Tensor | None], tuple[Tensor, Tensor | None]]
 
 
 class TokenLoss(NamedTuple):
-    """Per token, float32: the loss (with gradient), and without gradient the exact reverse KL and both
-    entropies in nats. All are [N]."""
+    """Per token, float32 [N]: the loss (with gradient), and without gradient the exact reverse KL and both
+    entropies in nats. Where the rollout tokens were given, also log pi_S (with gradient) and log pi_T of them."""
 
     loss_N: Tensor
     reverse_kl_N: Tensor
     student_entropy_N: Tensor
     teacher_entropy_N: Tensor
+    logp_student_N: Tensor | None = None
+    logp_teacher_N: Tensor | None = None
 
 
 def chunked_reverse_kl(
@@ -60,7 +62,7 @@ def chunked_reverse_kl(
     ValueError for shapes, topk or chunk_tokens that make no sense.
     """
     teacher = _rows_of(logits_teacher, logits_student_NV.shape[0])
-    row_loss = _reverse_kl_rows(teacher, topk, vocabulary)
+    row_loss = _reverse_kl_rows(teacher, topk, vocabulary, None)
     return TokenLoss(*_from_logits(logits_student_NV, row_loss, 4, chunk_tokens))
 
 
@@ -76,12 +78,14 @@ def linear_reverse_kl(
     topk: int | None = None,
     vocabulary: SharedVocabulary | None = None,
     chunk_tokens: int = 1024,
+    token_N: Tensor | None = None,
 ) -> TokenLoss:
     """The reverse KL of every token through both output layers, whose logits exist for one chunk at a time.
 
     Like `chunked_reverse_kl`, but nothing of size N x V is ever kept, in any dtype: backward computes each
     chunk again. Gradients flow to the student's hidden states, weight and bias. Both distributions are taken
-    at `temperature`. Products run in the hidden states' dtype, the rest in float32.
+    at `temperature`. Products run in the hidden states' dtype, the rest in float32. token_N: int64, the rollout
+    token at each position, for its log-probabilities.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, but is {temperature}.")
@@ -96,11 +100,12 @@ def linear_reverse_kl(
     def teacher(rows: slice) -> Tensor:
         return _logits(hidden_teacher_NE[rows].detach(), weight_teacher_VE, bias_teacher_V) / temperature
 
-    row_loss = _reverse_kl_rows(teacher, topk, vocabulary)
-    loss_N, rest_KN = _Linear.apply(
-        hidden_student_ND, weight_student_VD, bias_student_V, row_loss, 4, chunk_tokens, temperature
-    )
-    return TokenLoss(loss_N, *rest_KN)
+    row_loss = _reverse_kl_rows(teacher, topk, vocabulary, token_N)
+    layer = (hidden_student_ND, weight_student_VD, bias_student_V)
+    if token_N is None:
+        return TokenLoss(*_Linear.apply(*layer, row_loss, 4, 1, chunk_tokens, temperature))
+    loss_N, logp_N, *rest = _Linear.apply(*layer, row_loss, 6, 2, chunk_tokens, temperature)
+    return TokenLoss(loss_N, *rest[:3], logp_N, rest[3])
 
 
 def token_logp(
@@ -113,14 +118,11 @@ def token_logp(
 ) -> Tensor:
     """log pi(token) of every token, float32 [N], with gradient to the logits; chunked like the losses."""
 
-    def row_loss(logits_CV: Tensor, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor | None]:
+    def row_loss(logits_CV: Tensor, rows: slice, upstream_JC: Tensor | None) -> tuple[Tensor, Tensor | None]:
         logp_CV = _shared_logp(logits_CV, vocabulary, role)
         token_C1 = tokens_N[rows, None]
         value_C = logp_CV.gather(-1, token_C1).squeeze(-1)
-        grad_CV = -logp_CV.exp_() if with_grad else None
-        if grad_CV is not None:
-            grad_CV.scatter_add_(-1, token_C1, torch.ones_like(token_C1, dtype=grad_CV.dtype))
-        return value_C[None], grad_CV
+        return value_C[None], None if upstream_JC is None else _logp_gradient(logp_CV, token_C1, upstream_JC[0])
 
     return _from_logits(logits_NV, row_loss, 1, chunk_tokens)[0]
 
@@ -171,14 +173,25 @@ def topk_reverse_kl(
     return -total_C, (logp_student_CV.exp() * total_C[:, None]).scatter_add_(-1, index_CK, -advantage_CK)
 
 
+def _logp_gradient(logp_CV: Tensor, token_C1: Tensor, upstream_C: Tensor) -> Tensor:
+    """upstream * d log pi(token) / d logits, (e_token - pi) upstream."""
+    grad_CV = logp_CV.exp().mul_(-upstream_C[:, None])
+    return grad_CV.scatter_add_(-1, token_C1, upstream_C[:, None].to(grad_CV.dtype))
+
+
 def _reverse_kl_rows(
-    teacher: Callable[[slice], Tensor], topk: int | None, vocabulary: SharedVocabulary | None
+    teacher: Callable[[slice], Tensor],
+    topk: int | None,
+    vocabulary: SharedVocabulary | None,
+    token_N: Tensor | None,
 ) -> RowLoss:
-    """The row loss of both public functions: loss, reverse KL, entropy of student, entropy of teacher."""
+    """The row loss of both public functions: loss, reverse KL, entropies of student and teacher; with tokens
+    loss, log pi_S (both differentiable), reverse KL, the entropies, log pi_T."""
     if topk is not None and topk < 1:
         raise ValueError(f"topk must be at least 1, but is {topk}.")
 
-    def row_loss(logits_CV: Tensor, rows: slice, with_grad: bool) -> tuple[Tensor, Tensor | None]:
+    def row_loss(logits_CV: Tensor, rows: slice, upstream_JC: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        with_grad = upstream_JC is not None
         logp_student_CV = _shared_logp(logits_CV, vocabulary, "student")
         logp_teacher_CV = _shared_logp(teacher(rows), vocabulary, "teacher")
         if logp_student_CV.shape != logp_teacher_CV.shape:
@@ -190,8 +203,18 @@ def _reverse_kl_rows(
         loss_C = kl_C
         if topk is not None:
             loss_C, grad_CV = topk_reverse_kl(logp_student_CV, logp_teacher_CV, topk, with_grad)
+        if upstream_JC is not None:
+            grad_CV = _scale_rows(grad_CV, upstream_JC[0])
+        logps = []
+        if token_N is not None:
+            token_C1 = token_N[rows, None]
+            logps = [logp_CV.gather(-1, token_C1).squeeze(-1) for logp_CV in (logp_student_CV, logp_teacher_CV)]
+            if upstream_JC is not None:
+                grad_CV += _scale_rows(
+                    _logp_gradient(logp_student_CV, token_C1, upstream_JC[1]), upstream_JC[1] != 0
+                )
         entropies = [torch.special.entr(x_CV.exp_()).sum(-1) for x_CV in (logp_student_CV, logp_teacher_CV)]
-        return torch.stack([loss_C, kl_C, *entropies]), grad_CV
+        return torch.stack([loss_C, *logps[:1], kl_C, *entropies, *logps[1:]]), grad_CV
 
     return row_loss
 
@@ -250,7 +273,8 @@ class _Logits(torch.autograd.Function):
         value_KN = torch.empty(values, tokens, dtype=dtype, device=logits_NV.device)
         ctx.grad_NV = torch.zeros_like(logits_NV) if with_grad else None
         for rows in _chunks(tokens, chunk_tokens):
-            value_KN[:, rows], grad_CV = row_loss(logits_NV[rows], rows, with_grad)
+            one_1C = value_KN.new_ones(1, rows.stop - rows.start) if with_grad else None
+            value_KN[:, rows], grad_CV = row_loss(logits_NV[rows], rows, one_1C)
             if grad_CV is not None:
                 ctx.grad_NV[rows, : grad_CV.shape[-1]] = grad_CV
         loss_N, rest_KN = value_KN[0].clone(), value_KN[1:]
@@ -276,20 +300,22 @@ class _Linear(torch.autograd.Function):
         bias_V: Tensor | None,
         row_loss: RowLoss,
         values: int,
+        differentiable: int,
         chunk_tokens: int,
         temperature: float,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V)
         ctx.row_loss, ctx.chunk_tokens, ctx.temperature = row_loss, chunk_tokens, temperature
+        ctx.differentiable = differentiable
         tokens = hidden_ND.shape[0]
         dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
         value_KN = torch.empty(values, tokens, dtype=dtype, device=hidden_ND.device)
         for rows in _chunks(tokens, chunk_tokens):
             logits_CV = _logits(hidden_ND[rows], weight_VD, bias_V).div_(temperature)
-            value_KN[:, rows], _ = row_loss(logits_CV, rows, False)
-        loss_N, rest_KN = value_KN[0].clone(), value_KN[1:]
-        ctx.mark_non_differentiable(rest_KN)
-        return loss_N, rest_KN
+            value_KN[:, rows], _ = row_loss(logits_CV, rows, None)
+        columns = [value_N.clone() for value_N in value_KN]
+        ctx.mark_non_differentiable(*columns[differentiable:])
+        return tuple(columns)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -301,8 +327,8 @@ class _Linear(torch.autograd.Function):
         grad_V = torch.zeros_like(bias_V, dtype=sums) if need_bias else None
         for rows in _chunks(hidden_ND.shape[0], ctx.chunk_tokens):
             logits_CV = _logits(hidden_ND[rows], weight_VD, bias_V).div_(ctx.temperature)
-            _, grad_CV = ctx.row_loss(logits_CV, rows, True)
-            grad_CV = _scale_rows(grad_CV, grads[0][rows] / ctx.temperature)
+            upstream_JC = torch.stack([grad_N[rows] for grad_N in grads[: ctx.differentiable]]) / ctx.temperature
+            _, grad_CV = ctx.row_loss(logits_CV, rows, upstream_JC)
             if grad_V is not None:
                 grad_V += grad_CV.sum(0)
             grad_CV = grad_CV.to(hidden_ND.dtype)
@@ -312,4 +338,4 @@ class _Linear(torch.autograd.Function):
                 grad_VD += grad_CV.T @ hidden_ND[rows]
         grad_weight = None if grad_VD is None else grad_VD.to(weight_VD.dtype)
         grad_bias = None if grad_V is None or bias_V is None else grad_V.to(bias_V.dtype)
-        return grad_ND, grad_weight, grad_bias, None, None, None, None
+        return grad_ND, grad_weight, grad_bias, None, None, None, None, None

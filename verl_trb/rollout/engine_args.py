@@ -1,0 +1,50 @@
+"""The vLLM arguments that make an engine a sampler of μ; shared by the server, the tests and the benchmarks."""
+
+from typing import Any
+
+
+def blended_engine_args(student: str, draft_tokens: int, tensor_parallel_size: int = 1) -> dict[str, Any]:
+    """Arguments for an engine whose own model is the teacher.
+
+    Args:
+        student: Hugging Face folder of the student, which becomes vLLM's draft model.
+        draft_tokens: γ, drafts per block, ≥ 1.
+        tensor_parallel_size: of the teacher; vLLM wants the student's to be the same.
+    """
+    return {
+        "speculative_config": {
+            "method": "draft_model",
+            "model": student,
+            "num_speculative_tokens": draft_tokens,
+            "draft_sample_method": "probabilistic",
+            "draft_tensor_parallel_size": tensor_parallel_size,
+        },
+        # The teacher is never synced: it must come from disk, not from verl's default "dummy".
+        "load_format": "auto",
+        # The next block needs this block's last token on the host: see docs/performance.md.
+        "async_scheduling": False,
+        # Stop ids come with each request; the teacher's own generation defaults must not end a rollout.
+        "generation_config": "vllm",
+        "worker_extension_cls": "verl_trb.rollout.worker_extension.BlendedWorkerExtension",
+    }
+
+
+# The acceptance rule hooks into vLLM's V1 model runner; V2 is the default for some models on GPU.
+ENGINE_ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+
+
+def model_length(prompt_length: int, response_length: int, draft_tokens: int) -> int:
+    """The smallest `max_model_len` (tokens) in which no row loses its drafts for want of room.
+
+    The last block starts one token before the end. Verifying it takes γ more positions, and vLLM skips the
+    drafter, for the whole batch, where another γ would not fit behind those.
+    """
+    return prompt_length + response_length + 2 * draft_tokens - 1
+
+
+def batched_tokens(max_num_seqs: int, draft_tokens: int) -> int:
+    """The smallest `max_num_batched_tokens` in which every running sequence gets its whole block.
+
+    Of each sequence the scheduler counts its last token, γ drafts and one more that only the drafter reads.
+    """
+    return max_num_seqs * (draft_tokens + 2)

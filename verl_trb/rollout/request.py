@@ -1,0 +1,30 @@
+"""What one request tells the sampler, carried in vLLM's `SamplingParams.extra_args`.
+
+After a prefill vLLM samples from the target model alone, which here would be the teacher. So the engine is
+given the prompt without its last token, and that token is forced as the first "sample": from there on every
+token comes from a block that the student drafted and the teacher verified.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+FORCED = "trb_forced_token"
+EPSILON = "trb_epsilon"
+
+
+@dataclass(frozen=True)
+class BlendedRequest:
+    """epsilon: trust-region radius in nats (0: the student alone). forced_token: the prompt's last token id."""
+
+    epsilon: float
+    forced_token: int
+
+    def extra_args(self) -> dict[str, Any]:
+        return {EPSILON: self.epsilon, FORCED: self.forced_token}
+
+    @classmethod
+    def read(cls, extra_args: dict[str, Any] | None) -> "BlendedRequest | None":
+        """None for a request that did not come through our server, which the sampler then ends unsampled."""
+        if not extra_args or FORCED not in extra_args:
+            return None
+        return cls(epsilon=float(extra_args.get(EPSILON, 0.0)), forced_token=int(extra_args[FORCED]))

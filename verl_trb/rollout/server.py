@@ -1,0 +1,142 @@
+"""verl's vLLM server and replica with the teacher as the engine's model and the student as its draft model.
+
+Registered with verl as the rollout engine `trb` (`actor_rollout_ref.rollout.name: trb`).
+"""
+
+import os
+from dataclasses import asdict
+from typing import Any
+
+import ray
+from omegaconf import DictConfig, OmegaConf
+from verl.workers.rollout.base import _ROLLOUT_REGISTRY
+from verl.workers.rollout.replica import RolloutReplicaRegistry, TokenOutput
+from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
+
+from verl_trb.rollout.engine_args import ENGINE_ENVIRONMENT, blended_engine_args, model_length
+from verl_trb.rollout.generation import Answer, generate_blended
+from verl_trb.rollout.request import EPSILON, BlendedRequest
+from verl_trb.rollout.statistics import merge
+from verl_trb.vocabulary import from_tokenizers
+
+ROLLOUT_NAME = "trb"
+
+
+class BlendedHttpServer(vLLMHttpServer):
+    """One engine. `config.custom.trb` carries the resolved `trb` section of the run's config."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        os.environ.update(ENGINE_ENVIRONMENT)
+        self.trb: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(config.custom["trb"]))
+        self.resubmitted = 0
+        super().__init__(config, *args, **kwargs)
+
+    def _init_model_config(self, model_config: Any) -> Any:
+        """The engine's model is the teacher; the student's own config and tokenizer are kept beside it."""
+        self.student = super()._init_model_config(model_config)
+        teacher = OmegaConf.create(OmegaConf.to_container(DictConfig(model_config), resolve=True))
+        teacher.path = self.trb["teacher"]["path"]
+        teacher.hf_config_path = teacher.tokenizer_path = None
+        # Only the attention implementation carries over: the student's other overrides are not the teacher's.
+        attention = teacher.override_config.get("attn_implementation")
+        teacher.override_config = {"attn_implementation": attention} if attention else {}
+        resolved = super()._init_model_config(teacher)
+        self.vocabulary = from_tokenizers(
+            self.student.tokenizer,
+            resolved.tokenizer,
+            student_rows=self.student.hf_config.vocab_size,
+            teacher_rows=resolved.hf_config.vocab_size,
+        )
+        return resolved
+
+    def _validate_configs(self) -> None:
+        super()._validate_configs()
+        needed = model_length(self.config.prompt_length, self.config.response_length, self.trb["draft_tokens"])
+        if self.config.max_model_len < needed:
+            raise ValueError(f"actor_rollout_ref.rollout.max_model_len is {self.config.max_model_len}; it must be at least {needed}")
+
+    def _preprocess_engine_kwargs(self, engine_kwargs: dict) -> None:
+        super()._preprocess_engine_kwargs(engine_kwargs)
+        tensor_parallel = self.config.tensor_model_parallel_size
+        ours = blended_engine_args(self.student.local_path, self.trb["draft_tokens"], tensor_parallel)
+        engine_kwargs.update(ours)
+
+    def _resolve_sleep_level(self) -> int:
+        return 1  # level 2 discards weights, and the teacher's would never come back
+
+    async def run_server(self, args: Any) -> None:
+        await super().run_server(args)
+        await self.engine.collective_rpc(
+            method="install_behavior_policy",
+            kwargs={
+                "policy": self.trb["policy"],
+                "policy_params": self.trb.get("policy_params") or {},
+                "vocabulary": asdict(self.vocabulary),
+            },
+        )
+
+    async def generate(
+        self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, **kwargs: Any
+    ) -> TokenOutput:
+        """A rollout of μ after `prompt_ids`: verl's interface, one or more engine requests behind it."""
+        params = dict(sampling_params)
+        epsilon = float((params.pop("extra_args", None) or {}).get(EPSILON, 0.0))
+        params.pop("logprobs", None)
+        room = self.config.prompt_length + self.config.response_length - len(prompt_ids)
+        max_tokens = params.pop("max_tokens", params.pop("max_new_tokens", min(self.config.response_length, room)))
+        stop_ids = [self.vocabulary.student_eos]
+
+        async def submit(prefix: list[int], request: BlendedRequest, budget: int, round_: int) -> Answer:
+            output = await super(BlendedHttpServer, self).generate(
+                prefix,
+                {
+                    **params,
+                    "max_tokens": budget,
+                    "logprobs": True,
+                    "stop_token_ids": [*stop_ids, self.vocabulary.marker],
+                    "extra_args": request.extra_args(),
+                },
+                request_id if round_ == 0 else f"{request_id}-{round_}",
+                **kwargs,
+            )
+            return Answer(output.token_ids, output.log_probs or [], output.stop_reason, raw=output)
+
+        rollout = await generate_blended(submit, prompt_ids, max_tokens, epsilon, self.vocabulary.marker, stop_ids)
+        self.resubmitted += rollout.resubmitted
+        output: TokenOutput = rollout.raw
+        output.token_ids, output.log_probs = rollout.token_ids, rollout.logprobs
+        output.stop_reason = rollout.stop_reason
+        return output
+
+    async def take_rollout_statistics(self) -> dict[str, float]:
+        """Sums over the rollout tokens since the last call (see statistics.py), and requests resubmitted."""
+        if self.node_rank != 0:
+            return {}
+        # Every tensor-parallel rank sees the same tokens: the first one's sums are the engine's.
+        sums = (await self.engine.collective_rpc("take_rollout_statistics"))[0]
+        resubmitted, self.resubmitted = self.resubmitted, 0
+        return {**sums, "resubmitted": float(resubmitted)}
+
+
+class BlendedReplica(vLLMReplica):
+    """verl's replica of one engine, running our server."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.server_class = ray.remote(BlendedHttpServer)
+
+    def _get_server_name_prefix(self) -> str:
+        return f"{ROLLOUT_NAME}_"
+
+    async def take_rollout_statistics(self) -> dict[str, float]:
+        return merge([await server.take_rollout_statistics.remote() for server in self.servers])
+
+
+def register_rollout() -> None:
+    """Make `actor_rollout_ref.rollout.name=trb` known to verl in this process."""
+    RolloutReplicaRegistry.register(ROLLOUT_NAME, lambda: BlendedReplica)
+    # verl keeps the worker-side adapters in a plain dict; its own vLLM adapter serves us unchanged.
+    _ROLLOUT_REGISTRY[(ROLLOUT_NAME, "async")] = "verl.workers.rollout.vllm_rollout.ServerAdapter"
+
+
+register_rollout()

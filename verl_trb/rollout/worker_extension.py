@@ -1,0 +1,93 @@
+"""What verl_trb adds to a vLLM worker: the behavior policy's sampler, and weight syncs that reach the student only.
+
+vLLM mixes this class into its worker (`worker_extension_cls`), on CPU and GPU alike. In this engine the
+target model is the teacher, which never changes, and the draft model is the student.
+"""
+
+from typing import Any
+
+import torch
+from verl.workers.rollout.vllm_rollout.utils import monkey_patch_compute_logits, vLLMColocateWorkerExtension
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from verl_trb.rollout.request import BlendedRequest
+from verl_trb.rollout.sampler import BehaviorSampler, BlendedSampling, ForcedTokenSampler, Row
+from verl_trb.rollout.statistics import RolloutStatistics
+from verl_trb.vocabulary import SharedVocabulary
+
+
+class BlendedWorkerExtension(vLLMColocateWorkerExtension):
+    """The methods that our server calls on every vLLM worker through `collective_rpc`."""
+
+    def install_behavior_policy(
+        self, policy: str, policy_params: dict[str, Any], vocabulary: dict[str, Any]
+    ) -> None:
+        """Replace the runner's two samplers. Called once, after vLLM has loaded both models and warmed up."""
+        runner = self.model_runner
+        shared = SharedVocabulary(**{**vocabulary, "masked": tuple(vocabulary["masked"])})
+        self.rollout_statistics = RolloutStatistics(runner.device)
+        sampling = BlendedSampling(
+            rows=self._rows,
+            policy=policy,
+            policy_params=policy_params,
+            vocabulary=shared,
+            statistics=self.rollout_statistics,
+        )
+        # The drafter samples inside vLLM: its logits are masked where they are made, with verl's own function.
+        monkey_patch_compute_logits(runner.drafter.model, shared.size, list(shared.masked))
+        runner.rejection_sampler = BehaviorSampler(runner.rejection_sampler, sampling)
+        runner.sampler = ForcedTokenSampler(runner.sampler, sampling)
+
+    def _rows(self) -> list[Row]:
+        """The runner's requests in the order of the batch, as the samplers need them."""
+        runner = self.model_runner
+        student_BGV = {}
+        if runner._draft_probs is not None:
+            student_BGV = dict(zip(runner._draft_prob_req_ids, runner._draft_probs, strict=True))
+        rows = []
+        for request_id in runner.input_batch.req_ids:
+            state = runner.requests[request_id]
+            params = state.sampling_params
+            generated = len(state.output_token_ids)
+            rows.append(
+                Row(
+                    request=BlendedRequest.read(params.extra_args),
+                    generated=generated,
+                    remaining=params.max_tokens - generated,
+                    student_GV=student_BGV.get(request_id),
+                )
+            )
+        return rows
+
+    def take_rollout_statistics(self) -> dict[str, float]:
+        """The sums of `RolloutStatistics` since the last call."""
+        return self.rollout_statistics.take()
+
+    def _iter_all_models(self):
+        """A sync reaches the student alone."""
+        yield self.model_runner.drafter.model
+
+    def _iter_all_models_with_config(self):
+        # On CPU vLLM repacks the weights layer by layer, in `update_weights_from_ipc` below.
+        if self.device.type != "cpu":
+            yield self.model_runner.drafter.model, self._get_draft_model_config()
+
+    def update_weights_from_ipc(self, *args: Any, **kwargs: Any) -> None:
+        """Receive the student's weights from the trainer.
+
+        vLLM's CPU linear layers pack their weights and free the originals, so there a sync goes through
+        vLLM's own layerwise reload.
+        """
+        model = self.model_runner.drafter.model
+        if self.device.type != "cpu":
+            return super().update_weights_from_ipc(*args, **kwargs)
+        with torch.device(self.device):
+            initialize_layerwise_reload(model)
+            super().update_weights_from_ipc(*args, **kwargs)
+            finalize_layerwise_reload(model, self._get_draft_model_config())
+
+    def _update_weights(self, weights: list[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any) -> None:
+        if self.device.type == "cpu":
+            # The layerwise reload keeps tensors until a layer is complete; the transfer buffer is reused before.
+            weights = [(name, tensor.clone()) for name, tensor in weights]
+        super()._update_weights(weights, *args, **kwargs)

@@ -1,0 +1,117 @@
+"""verl's FSDP engine with the teacher beside the student, for micro-batches that ask for token losses.
+
+Registered with verl for the vendors "nvidia" and "cpu", whose entries verl prefers over its own.
+"""
+
+import time
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_id
+from verl.workers.engine import EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+from verl_trb.training.head import COLUMNS, DistillationHead, TokenLossRequest
+from verl_trb.training.teacher import Teacher
+from verl_trb.vocabulary import SharedVocabulary
+
+# Set in a batch's extra_info by our trainer: answer with COLUMNS instead of logits.
+TOKEN_LOSSES = "trb_token_losses"
+
+
+@EngineRegistry.register(model_type="language_model", backend="fsdp2", device="cuda", vendor="nvidia")
+@EngineRegistry.register(model_type="language_model", backend="fsdp2", device="cpu", vendor="cpu")
+class DistillationEngine(FSDPEngineWithLMHead):
+    """The student's engine. Without `attach_teacher`, or for batches that do not ask, it is verl's own."""
+
+    teacher: Teacher | None = None
+
+    def _build_module(self) -> torch.nn.Module:
+        module = super()._build_module()
+        self.head = DistillationHead.from_linear(module.get_output_embeddings())
+        module.set_output_embeddings(self.head)
+        return module
+
+    def attach_teacher(
+        self, teacher: Teacher, vocabulary: SharedVocabulary, topk: int | None, chunk_tokens: int
+    ) -> None:
+        """topk: None for the exact reverse KL; chunk_tokens: tokens whose logits exist at one time."""
+        self.teacher, self.vocabulary, self.topk, self.chunk_tokens = teacher, vocabulary, topk, chunk_tokens
+        self.teacher_seconds = 0.0
+
+    def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool):
+        if not tu.get_non_tensor_data(data=micro_batch, key=TOKEN_LOSSES, default=False):
+            return super().forward_step(micro_batch, loss_function, forward_only)
+        assert self.teacher is not None, "token losses were asked for before the teacher was attached"
+        micro_batch = micro_batch.to(get_device_id())
+        model_inputs, _ = self.prepare_model_inputs(micro_batch=micro_batch)
+        started = time.perf_counter()
+        hidden_BTE = self.teacher.hidden_states(**model_inputs)
+        weight_VE, bias_V = self.teacher.output_layer()
+        self.teacher_seconds += time.perf_counter() - started
+        select_BT, label_BT = prediction_layout(micro_batch, model_inputs["input_ids"])
+        self.head.request = TokenLossRequest(
+            select_BT=select_BT,
+            label_BT=label_BT,
+            hidden_teacher_BTE=hidden_BTE,
+            weight_teacher_VE=weight_VE,
+            bias_teacher_V=bias_V,
+            vocabulary=self.vocabulary,
+            topk=self.topk,
+            chunk_tokens=self.chunk_tokens,
+            temperature=float(tu.get_non_tensor_data(data=micro_batch, key="temperature", default=1.0)),
+        )
+        try:
+            return super().forward_step(micro_batch, loss_function, forward_only)
+        finally:
+            self.head.request = None
+
+    def prepare_model_outputs(self, output: Any, output_args: dict, micro_batch: TensorDict, logits_processor_func: Any):
+        """One nested tensor [B, prompt + response] per column of COLUMNS."""
+        if self.head.request is None:
+            return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
+        offsets = micro_batch["input_ids"].offsets()
+        columns_BTK = output.logits
+        real_BT = _real_tokens(offsets, columns_BTK.shape[:2])
+        columns_KN = columns_BTK[real_BT].T
+        outputs = {
+            name: torch.nested.nested_tensor_from_jagged(column_N, offsets)
+            for name, column_N in zip(COLUMNS, columns_KN, strict=True)
+        }
+        outputs["entropy"] = outputs["student_entropy"]  # verl's name for it
+        return outputs
+
+
+def _real_tokens(offsets: Tensor, shape: torch.Size) -> Tensor:
+    """Which places of the model's [B, T] input hold a token: all but right padding; all of a packed [1, N]."""
+    if shape[0] == 1:
+        return torch.arange(shape[1], device=offsets.device).unsqueeze(0) < offsets[-1]
+    return torch.arange(shape[1], device=offsets.device) < offsets.diff().unsqueeze(1)
+
+
+def prediction_layout(micro_batch: TensorDict, input_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Which tokens of the model's input predict a response token that is trained on, and which token that is.
+
+    Args:
+        micro_batch: verl's, with nested `input_ids`, `responses` and `response_mask`.
+        input_ids_BT: what the model is given, right-padded [B, T] or packed [1, N].
+
+    Returns:
+        select_BT bool and label_BT int64; the label of a token is its successor in its own sequence.
+    """
+    offsets = micro_batch["input_ids"].offsets()
+    values_N = micro_batch["input_ids"].values()
+    mask = micro_batch["response_mask"]
+    select_N = torch.zeros_like(values_N, dtype=torch.bool)
+    for end, response_B in zip(offsets[1:].tolist(), mask.unbind(), strict=True):
+        # The response is the sequence's tail; its j-th token is predicted one place before it stands.
+        select_N[end - 1 - response_B.numel() : end - 1] = response_B.bool()
+    label_N = values_N.roll(-1)
+    real_BT = _real_tokens(offsets, input_ids_BT.shape)
+    select_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)
+    label_BT = torch.zeros_like(input_ids_BT)
+    select_BT[real_BT], label_BT[real_BT] = select_N, label_N
+    return select_BT, label_BT

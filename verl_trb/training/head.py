@@ -1,0 +1,92 @@
+"""The student's output layer, which can answer with per-token losses instead of logits.
+
+Inside the FSDP forward its weight is whole, so the loss is computed here, chunk by chunk, and no logits tensor
+of either model ever exists beyond a chunk. Outside of distillation it is an ordinary `lm_head`.
+
+Shapes: B x T the layout verl gives the model (padded, or 1 x all tokens), N selected tokens, V vocabulary,
+D and E hidden sizes of student and teacher.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from verl_trb.divergences import linear_reverse_kl
+from verl_trb.vocabulary import SharedVocabulary
+
+# What takes the place of the logits' last dimension. `loss` and `log_probs` carry gradients.
+COLUMNS = ("loss", "log_probs", "reverse_kl", "student_entropy", "teacher_entropy", "teacher_log_probs")
+
+
+@dataclass
+class TokenLossRequest:
+    """Ask the output layer for the columns at the tokens that predict a response token.
+
+    select_BT: bool, those tokens; label_BT: the token each of them predicts; hidden_teacher_BTE: the teacher's
+    last hidden states of the same input; weight_teacher_VE, bias_teacher_V: its whole output layer.
+    """
+
+    select_BT: Tensor
+    label_BT: Tensor
+    hidden_teacher_BTE: Tensor
+    weight_teacher_VE: Tensor
+    bias_teacher_V: Tensor | None
+    vocabulary: SharedVocabulary
+    topk: int | None
+    chunk_tokens: int
+    temperature: float
+
+
+class DistillationHead(nn.Linear):
+    """`lm_head` with the same weight and name: checkpoints and weight syncs see no difference."""
+
+    request: TokenLossRequest | None = None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> "DistillationHead":
+        """A head that shares `linear`'s parameters (also where they are tied to the embedding)."""
+        head = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        head.weight, head.bias = linear.weight, linear.bias
+        return head
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        """Logits [B, T, V]; with a request [B, T, len(COLUMNS)] in float32, 0 at tokens not selected."""
+        if self.request is None:
+            return super().forward(hidden_BTD)
+        ask = self.request
+        losses = linear_reverse_kl(
+            hidden_BTD[ask.select_BT],
+            self.weight,
+            ask.hidden_teacher_BTE[ask.select_BT],
+            ask.weight_teacher_VE,
+            bias_student_V=self.bias,
+            bias_teacher_V=ask.bias_teacher_V,
+            temperature=ask.temperature,
+            topk=ask.topk,
+            vocabulary=ask.vocabulary,
+            chunk_tokens=ask.chunk_tokens,
+            token_N=ask.label_BT[ask.select_BT],
+        )
+        columns_NK = torch.stack(
+            [
+                losses.loss_N,
+                losses.logp_student_N,
+                losses.reverse_kl_N,
+                losses.student_entropy_N,
+                losses.teacher_entropy_N,
+                losses.logp_teacher_N,
+            ],
+            dim=-1,
+        )
+        columns_BTK = columns_NK.new_zeros(*hidden_BTD.shape[:2], len(COLUMNS))
+        return columns_BTK.masked_scatter(ask.select_BT.unsqueeze(-1).expand_as(columns_BTK), columns_NK)
+
+
+class HiddenStatesHead(nn.Linear):
+    """The teacher's `lm_head`: keeps its weight and passes the hidden states on."""
+
+    from_linear = DistillationHead.__dict__["from_linear"]
+
+    def forward(self, hidden_BTE: Tensor) -> Tensor:
+        return hidden_BTE

@@ -1,0 +1,49 @@
+"""The Ray actor that runs the trainer, as verl's TaskRunner does, and keeps the events the driver shows."""
+
+from typing import Any
+
+import ray
+from omegaconf import DictConfig, OmegaConf
+
+
+@ray.remote(num_cpus=1)
+class DistillationTaskRunner:
+    """`run` trains; `events` answers meanwhile (the actor is started with two threads)."""
+
+    def __init__(self) -> None:
+        self._events: list[dict[str, Any]] = []
+
+    def events(self, start: int) -> list[dict[str, Any]]:
+        """The events from number `start` on."""
+        return self._events[start:]
+
+    def run(self, config: DictConfig) -> None:
+        self._events.append({"kind": "stage", "text": "importing verl and vLLM"})
+        import transfer_queue as tq
+        from verl.utils.logging_utils import configure_verl_logging
+
+        from verl_trb.training.agent_loop import DistillationAgentLoopManager
+        from verl_trb.training.trainer import DistillationTrainer
+
+        configure_verl_logging()
+        config = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+        config.transfer_queue.enable = True
+        tq.init(config.transfer_queue)
+        trainer = None
+        try:
+            trainer = DistillationTrainer(config, self._events.append)
+            trainer.init()
+            agent_loops = DistillationAgentLoopManager.create(
+                config=config,
+                llm_client=trainer.get_llm_client(),
+                teacher_client=None,
+                reward_loop_worker_handles=trainer.get_reward_handles(),
+            )
+            trainer.fit(agent_loops)
+            self._events.append({"kind": "stage", "text": "exporting the student"})
+            folder = trainer.export_student()
+            self._events.append({"kind": "exported", "path": str(folder)})
+        finally:
+            if getattr(trainer, "logger", None) is not None:
+                trainer.logger.finish(exit_code=0)
+            tq.close()

@@ -1,0 +1,150 @@
+"""verl's synchronous trainer with our worker, the ε schedule, and one metrics line a step."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import transfer_queue as tq
+from tensordict import TensorDict
+from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.workers.utils.padding import response_from_nested, response_to_nested
+
+import verl_trb.rollout.server  # noqa: F401  registers the rollout engine with verl in this process
+from verl_trb.rollout.statistics import merge, rollout_metrics
+from verl_trb.training.advantage import NAME as ADVANTAGE
+from verl_trb.training.agent_loop import step_epsilon
+from verl_trb.training.engine import TOKEN_LOSSES
+from verl_trb.training.worker import DistillationWorker
+
+Event = dict[str, Any]
+
+
+class DistillationTrainer(PPOTrainerSync):
+    """`emit` receives the events the display shows: stages, and every step's metrics."""
+
+    def __init__(self, config: Any, emit: Callable[[Event], None]) -> None:
+        super().__init__(config)
+        self.emit = emit
+        self.run_dir = Path(config.trb.run_dir)
+        self.pending: dict[str, float] = {}
+
+    # ------------------------------------------------------------------ set-up
+
+    def _build_replay_buffer(self):
+        buffer = super()._build_replay_buffer()
+        buffer.poll_interval = 0.05  # seconds; verl's default of 2 is an argument of the class, not of the config
+        return buffer
+
+    def _init_resource_pool_mgr(self) -> None:
+        super()._init_resource_pool_mgr()
+        self.role_worker_mapping = {role: ray.remote(DistillationWorker) for role in self.role_worker_mapping}
+
+    def _setup(self) -> None:
+        self.emit({"kind": "stage", "text": "loading student and teacher, starting the rollout engine"})
+        super()._setup()
+
+    def on_init_end(self) -> None:
+        super().on_init_end()
+        self.emit({"kind": "ready", "step": self.global_steps, "total_steps": self.total_training_steps})
+
+    # ------------------------------------------------------------------ one step
+
+    def on_step_begin(self) -> None:
+        self._take_rollout_sums()  # what validation left behind is not this step's
+
+    def on_sample_end(self) -> None:
+        self.pending = rollout_metrics(sums := self._take_rollout_sums())
+        self.pending["trb/resubmitted"] = sums.get("resubmitted", 0.0)
+        super().on_sample_end()
+
+    def _take_rollout_sums(self) -> dict[str, float]:
+        servers = [server for replica in self.llm_server_manager.get_replicas() for server in replica.servers]
+        return merge(ray.get([server.take_rollout_statistics.remote() for server in servers]))
+
+    def _compute_old_log_prob(self, batch: Any, metrics: dict) -> Any:
+        if self.config.trb.loss == "sampled":
+            batch.extra_info[TOKEN_LOSSES] = True
+        return super()._compute_old_log_prob(batch, metrics)
+
+    def _compute_advantage(self, batch: Any, metrics: dict) -> Any:
+        if self.config.trb.loss != "sampled":
+            return super()._compute_advantage(batch, metrics)
+        fields = ["response_mask", "rm_scores", "old_log_probs", "rollout_log_probs", "teacher_log_probs"]
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        mask = data["response_mask"]
+        data["teacher_log_probs"] = response_from_nested(data["teacher_log_probs"], mask)
+        padded = data.to_padded_tensor(0)
+        advantages, returns = get_adv_estimator_fn(ADVANTAGE)(
+            padded["rm_scores"],
+            padded["response_mask"],
+            self.config.algorithm,
+            logp_student=padded["old_log_probs"],
+            logp_teacher=padded["teacher_log_probs"],
+            logp_behavior=padded["rollout_log_probs"],
+        )
+        nested = {
+            "advantages": response_to_nested(advantages, mask),
+            "returns": response_to_nested(returns, mask),
+        }
+        return tq.kv_batch_put(
+            keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(nested, batch_size=len(batch))
+        )
+
+    def _update_actor(self, batch: Any, metrics: dict) -> Any:
+        batch.extra_info[TOKEN_LOSSES] = True
+        batch = super()._update_actor(batch, metrics)
+        self.timing_raw["teacher"] = max(self.actor_rollout_wg.take_teacher_seconds())
+        for name in ("reverse_kl", "teacher_entropy", "student_entropy", "teacher_logprob"):
+            self.pending[f"trb/{name}"] = metrics.pop(f"actor/{name}")
+        # log μ − log π_S with π_S from the trainer: what the engine sampled against what is trained.
+        self.pending["trb/log_ratio_trainer"] = metrics.pop("actor/log_ratio", math.nan)
+        return batch
+
+    # ------------------------------------------------------------------ what is recorded
+
+    def _validate(self) -> dict[str, float]:
+        started = time.perf_counter()
+        metrics = super()._validate()
+        core = [value for name, value in metrics.items() if name.startswith("val-core/") and "/mean@" in name]
+        if core:
+            metrics["val/accuracy"] = float(np.mean(core))
+        if not hasattr(self, "timing_raw"):  # validation before the first step
+            self._record({**metrics, "timing_s/testing": time.perf_counter() - started}, self.global_steps)
+        return metrics
+
+    def _compute_metrics(self, batch: Any, metrics: dict, timing_raw: dict, global_steps: int, epoch: int) -> None:
+        super()._compute_metrics(batch, metrics, timing_raw, global_steps, epoch)
+        metrics.update(self.pending)
+        metrics["trb/epsilon"] = step_epsilon(self.config.trb, global_steps, validate=False)
+        metrics["reward/mean"] = metrics["critic/score/mean"]
+        self._record(metrics, global_steps)
+
+    def _record(self, metrics: dict[str, Any], step: int) -> None:
+        """Append the step to metrics.jsonl, whole or not at all, and show it."""
+        line = {"step": step, **{name: _plain(value) for name, value in sorted(metrics.items())}}
+        line = {name: value for name, value in line.items() if value is not None}
+        with open(self.run_dir / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        self.emit({"kind": "step", "metrics": line, "total_steps": self.total_training_steps})
+
+    def export_student(self) -> Path:
+        """The trained student as a Hugging Face folder, `student` in the run's folder."""
+        folder = self.run_dir / "student"
+        self.actor_rollout_wg.export_student(str(folder))
+        return folder
+
+
+def _plain(value: Any) -> float | int | str | None:
+    """A JSON value: Python numbers for numpy's; None for what is not one number (and for NaN, which JSON lacks)."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, float | int | str) else None
+

@@ -1,0 +1,84 @@
+"""verl's hybrid worker with the frozen teacher next to the student's FSDP engine and its vLLM rollout."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from verl.single_controller.base.decorator import Dispatch, register
+from verl.utils.device import get_device_name
+from verl.utils.distributed import initialize_global_process_group_ray
+from verl.utils.tokenizer import hf_tokenizer
+from verl.workers.engine_workers import ActorRolloutRefWorker
+
+import verl_trb.rollout.server  # noqa: F401  registers the rollout engine with verl in this process
+import verl_trb.training.engine  # noqa: F401  registers the training engine
+from verl_trb.training.loss import DistillationLoss
+from verl_trb.training.teacher import Teacher
+from verl_trb.vocabulary import from_tokenizers
+
+
+class DistillationWorker(ActorRolloutRefWorker):
+    """`config.rollout.custom.trb` carries the resolved `trb` section of the run's config."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if get_device_name() == "cpu":
+            # verl would ask for "cpu:gloo,cpu:gloo", which torch refuses; it skips what is initialized already.
+            initialize_global_process_group_ray(backend="gloo")
+        super().__init__(*args, **kwargs)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def init_model(self) -> None:
+        super().init_model()
+        trb = OmegaConf.to_container(OmegaConf.create(self.config.rollout.custom["trb"]))
+        engine = self.actor.engine
+        model_config = engine.model_config
+        path = trb["teacher"]["path"]
+        teacher = Teacher(
+            path,
+            dtype=trb["teacher"]["dtype"],
+            attn_implementation=model_config.hf_config._attn_implementation,
+            use_remove_padding=model_config.use_remove_padding,
+            trust_remote_code=model_config.trust_remote_code,
+            offload=trb["teacher"]["offload"],
+            engine_config=engine.engine_config,
+            device_mesh=engine.device_mesh,
+        )
+        vocabulary = from_tokenizers(
+            model_config.tokenizer,
+            hf_tokenizer(path, trust_remote_code=model_config.trust_remote_code),
+            student_rows=model_config.hf_config.vocab_size,
+            teacher_rows=teacher.module.config.vocab_size,
+        )
+        topk = trb["topk"] if trb["loss"] == "topk" else None
+        engine.attach_teacher(teacher, vocabulary, topk, trb["loss_chunk_tokens"])
+        self.actor.set_loss_fn(DistillationLoss(self.loss_fn.keywords["config"], trb["loss"]))
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def take_teacher_seconds(self) -> float:
+        """Seconds of teacher forward passes since the last call."""
+        seconds, self.actor.engine.teacher_seconds = self.actor.engine.teacher_seconds, 0.0
+        return seconds
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def export_student(self, folder: str) -> None:
+        """Write the student as a Hugging Face folder (safetensors, tokenizer), in the dtype it came in."""
+        engine = self.actor.engine
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(engine.module, options=options)
+        if torch.distributed.get_rank() == 0:
+            from transformers import AutoModelForCausalLM
+
+            config = engine.model_config.hf_config
+            source = json.loads((Path(engine.model_config.local_path) / "config.json").read_text())
+            dtype = getattr(torch, source.get("dtype") or source.get("torch_dtype") or "float32")
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            target = Path(folder)
+            model.save_pretrained(target, state_dict={name: value.to(dtype) for name, value in state.items()})
+            engine.model_config.tokenizer.save_pretrained(target)
+            if engine.model_config.generation_config is not None:
+                engine.model_config.generation_config.save_pretrained(target)
+        torch.distributed.barrier()

@@ -43,7 +43,7 @@ def bisect_beta(p_student: np.ndarray, p_teacher: np.ndarray, epsilon: float) ->
     if fits(1.0):
         return 1.0
     low, high = 0.0, 1.0
-    for _ in range(200):
+    for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low

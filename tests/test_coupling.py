@@ -128,11 +128,13 @@ def test_shape_of_a_block():
 
 
 def test_given_uniforms_decide():
-    """Token 0 has mu / pi_S = 0.5: accepted just under, rejected at 0.5."""
+    """Token 0 has mu / pi_S = 0.5: accepted just under, rejected above. With mu = 0, even u = 0 rejects."""
     student, mu = torch.tensor([[[0.8, 0.2]]]).log(), torch.tensor([[[0.4, 0.6]]]).log()
     args = torch.tensor([[0]]), torch.tensor([1]), student, mu
     for u, token in ((0.49, 0), (0.51, 1), (0.0, 0)):
         assert couple(*args, uniform_BG=torch.tensor([[u]])).tokens_BG.item() == token
+    never = torch.tensor([[[0.0, 1.0]]]).log()
+    assert couple(*args[:3], never, uniform_BG=torch.zeros(1, 1)).tokens_BG.item() == 1
 
 
 def test_padding_may_hold_anything():
@@ -145,7 +147,7 @@ def test_padding_may_hold_anything():
     clean = couple(draft, number, *models, uniform_BG=uniform, generator=torch.Generator().manual_seed(0))
     for model in models:
         model[:, 1] = math.nan
-    draft[:, 1] = -7
+    draft[:100, 1], draft[100:, 1] = -7, 10**9
     dirty = couple(draft, number, *models, uniform_BG=uniform, generator=torch.Generator().manual_seed(0))
     assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
 

@@ -111,6 +111,8 @@ def test_teacher_without_part_of_the_students_support():
     jump = -math.log(0.75)
     below = blend(logp_student, logp_teacher, jump - 1e-3)
     assert torch.equal(below.log_mu, logp_student) and below.beta == 0 and below.kl == 0
+    budget = torch.full((1,), jump - 1e-3, dtype=torch.float64)
+    assert solve_beta(logp_student[None], logp_teacher[None], budget)[2].passes_N == 1  # known at once
     above = blend(logp_student, logp_teacher, jump + 1e-2)
     assert 0 < above.beta < 1 and above.log_mu[2] == -INF and jump < above.kl <= jump + 1e-2
     # The teacher is the student cut to a smaller support: beta does nothing, and the jump is all there is.
@@ -166,6 +168,31 @@ def test_small_budget_formula():
     variance = (p * r**2).sum(-1) - (p * r).sum(-1) ** 2
     result = blend(logp_student, logp_teacher, 1e-8, tolerance=1e-6)
     torch.testing.assert_close(result.beta, (2e-8 / variance).sqrt(), rtol=1e-3, atol=0)
+
+
+def test_small_budgets_in_float32():
+    """Where KL is near the resolution of float32: inside the region, and most of the budget used."""
+    logp_student, logp_teacher = pair(4, 151_936, gap=1.0)
+    logp_student[:2, :3] += torch.tensor([12.0, 13.0, 14.0])  # two rows with a few likely tokens
+    logp_student = logp_student.log_softmax(-1)
+    for epsilon in (1e-5, 1e-4):
+        log_mu = blend(logp_student, logp_teacher, epsilon).log_mu
+        for i in range(4):
+            assert epsilon - 3e-6 < true_kl(log_mu[i], logp_student[i]) <= epsilon
+
+
+def test_teacher_far_below_the_student():
+    """log pi_T - log pi_S is near -500 but for one token: no digits may be lost to the common part."""
+    logp_student, logp_teacher = pair(8, 40, gap=0.05)
+    logp_student[:, 0], logp_teacher[:, 0] = -600.0, 500.0
+    logp_student, logp_teacher = logp_student.log_softmax(-1), logp_teacher.log_softmax(-1)
+    epsilon = 1e-4
+    log_mu, beta, _ = blend(logp_student, logp_teacher, epsilon)
+    for i in range(8):
+        spent = true_kl(log_mu[i], logp_student[i])
+        assert epsilon - 3e-6 < spent <= epsilon
+        best = oracles.bisect_beta(*map(oracles.probabilities, (logp_student[i], logp_teacher[i])), epsilon)
+        assert float(beta[i]) == pytest.approx(best, rel=0.02)
 
 
 @pytest.mark.parametrize("tolerance", [1e-1, 1e-2, 1e-5, 1e-8])

@@ -117,6 +117,39 @@ def test_value_and_gradient_through_output_layers(topk, oracle, bias, dtype):
     assert x["hidden_t"].grad is None and x["weight_t"].grad is None
 
 
+@pytest.mark.parametrize("topk", [None, 4])
+@pytest.mark.parametrize("use", ["loss", "logp", "both"])
+def test_rollout_tokens_through_output_layers(use, topk):
+    """Log-probabilities of given tokens next to the loss: values, and gradients of mixtures."""
+    vocabulary = shared(11, 4, 9, 13, 12)
+    g = torch.Generator().manual_seed(0)
+    hidden, weight, hidden_t, weight_t = (
+        torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((7, 5), (13, 5), (7, 4), (12, 4))
+    )
+    tokens = torch.tensor([0, 1, 4, 4, 6, 8, 10])
+    scale_loss = torch.linspace(-1, 2, 7).double() * (use != "logp")
+    scale_logp = torch.linspace(3, -2, 7).double() * (use != "loss")
+    exact = [x.clone().requires_grad_() for x in (hidden, weight)]
+    z_s = canonicalize(exact[0] @ exact[1].T / 0.7, vocabulary, "student")
+    z_t = canonicalize(hidden_t @ weight_t.T / 0.7, vocabulary, "teacher")
+    oracle = oracles.reverse_kl if topk is None else lambda s, t: oracles.topk_loss(s, t, topk)
+    loss = torch.stack([oracle(z_s[i], z_t[i]) for i in range(7)])
+    logp, logp_t = (z.log_softmax(-1)[range(7), tokens] for z in (z_s, z_t))
+    (loss * scale_loss + logp * scale_logp).sum().backward()
+
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+    how = {"temperature": 0.7, "topk": topk, "vocabulary": vocabulary, "chunk_tokens": 3, "token_N": tokens}
+    out = linear_reverse_kl(*leaves, hidden_t, weight_t, **how)
+    torch.testing.assert_close(out.loss_N, loss)
+    torch.testing.assert_close(out.logp_student_N, logp)
+    torch.testing.assert_close(out.logp_teacher_N, logp_t)
+    torch.testing.assert_close(out.reverse_kl_N[0], oracles.reverse_kl(z_s[0], z_t[0]))
+    assert not out.logp_teacher_N.requires_grad
+    (out.loss_N * scale_loss + out.logp_student_N * scale_logp).sum().backward()
+    for leaf, expected in zip(leaves, exact, strict=True):
+        torch.testing.assert_close(leaf.grad, expected.grad)
+
+
 def test_frozen_parts_get_no_gradient():
     hidden, weight = torch.randn(4, 3, requires_grad=True), torch.randn(6, 3)
     linear_reverse_kl(hidden, weight, torch.randn(4, 2), torch.randn(6, 2)).loss_N.sum().backward()

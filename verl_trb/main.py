@@ -4,9 +4,9 @@
     python -m verl_trb.main recipe=quickstart trb.epsilon=0.02        # override anything, ours or verl's
     python -m verl_trb.main recipe=qwen3_1p7b dry_run=true            # print what would run and what is wrong
 
-Composes and checks the configuration, makes the task's models and data if the recipe asks for them, checks the
-machine and the files, and hands over to launch.py. Nothing heavy is imported before the configuration is right.
-Exit code 2 with one line `error: ...` for what the user can mend.
+Composes and checks the configuration, makes the task's models and data if the recipe asks for them, checks
+the machine and the files, and hands over to launch.py. Nothing heavy is imported before the configuration is
+right. Exit code 2 with one line `error: ...` for what the user can mend.
 """
 
 import sys
@@ -21,7 +21,10 @@ from verl_trb.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line (by default this process's). Returns the exit code: 0, 1 failed, 2 refused, 130 Ctrl-C."""
+    """Runs the command line (by default this process's).
+
+    Returns the exit code: 0, 1 failed, 2 refused, 130 Ctrl-C.
+    """
     try:
         return composition.run(run, arguments)
     except UserError as error:
@@ -33,7 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(config: DictConfig) -> int:
-    """One run of a composed, checked configuration. Returns its exit code; raises UserError before Ray starts."""
+    """One run of a composed, checked configuration.
+
+    Returns its exit code; raises UserError before Ray starts.
+    """
     from verl_trb import compat, preflight
 
     if config.dry_run:

@@ -1,9 +1,9 @@
 """Where Hydra finds configurations: verl's own folder, and `recipe=NAME` in one or more folders of recipes.
 
 Hydra looks for `recipe=NAME` in a folder named `recipe` on its search path; here the files NAME.yaml of this
-project's recipes (top-level folder of the repository, package data when installed) and of the user's own folders
-(environment variable VERL_TRB_RECIPES, separated by colons, searched first) serve as that folder. Files whose name
-starts with an underscore are parts for recipes to include and are not listed.
+project's recipes (top-level folder of the repository, package data when installed) and of the user's own
+folders (environment variable VERL_TRB_RECIPES, separated by colons, searched first) serve as that folder.
+Files whose name starts with an underscore are parts for recipes to include and are not listed.
 """
 
 import importlib.util

@@ -1,0 +1,169 @@
+"""`dry_run=true`: what a run would do, in tables, and every problem that can be found without starting it.
+
+Needs no GPU, downloads nothing, writes nothing and does not start Ray.
+"""
+
+import sys
+from pathlib import Path
+from typing import TextIO
+
+from omegaconf import DictConfig, open_dict
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from verl_trb import preflight
+from verl_trb.data_files import files_of
+from verl_trb.errors import UserError
+from verl_trb.model_files import Model, find_model
+from verl_trb.rollout.engine_args import batched_tokens, model_length
+from verl_trb.schedules import annealed_epsilon
+from verl_trb.setting_checks import batch_table
+
+WIDTH = 110
+
+
+def show(config: DictConfig, file: TextIO | None = None) -> int:
+    """Prints the tables and the problems. Returns 2 if something would stop the run, else 0.
+
+    A model, a data file or GPUs that only this machine lacks are mentioned and do not count.
+    """
+    notes = _fill_in_prepared(config)
+    wrong, absent = preflight.problems(config)
+    if notes:
+        # Nothing of the task is here yet: its models and data cannot be missing.
+        missing = (preflight.STUDENT, preflight.TEACHER, "data.train_files", "data.val_files")
+        wrong = [text for text in wrong if not text.startswith(tuple(f"{key} is not set" for key in missing))]
+    console = Console(file=file or sys.stdout, highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+    console.print(Text.assemble("Dry run of recipe ", (config.trb.recipe, "bold cyan"), ": nothing is started"))
+    for table in (_models(config), _data(config), _batches(config), _schedules(config), _engine(config)):
+        console.print()
+        console.print(table)
+    console.print()
+    for text in [*notes, *absent]:
+        console.print(Text.assemble(("not on this machine: ", "yellow"), text), soft_wrap=True)
+    for text in wrong:
+        console.print(Text.assemble(("problem: ", "bold red"), text), soft_wrap=True)
+    if not wrong:
+        console.print(Text("no problems found", "green"))
+    return 2 if wrong else 0
+
+
+def _fill_in_prepared(config: DictConfig) -> list[str]:
+    """Paths of a task that was made before; otherwise says that its first run makes it."""
+    task = config.trb.prepare
+    if not task:
+        return []
+    from verl_trb.tasks.prepare import TASKS
+
+    cache = Path(config.trb.cache_dir).expanduser()
+    made = [path for path in cache.glob(f"{task}-*") if path.suffix == ""] if task in TASKS else []
+    if task in TASKS and not made:
+        return [f"models and data of {task}: made at first use, in {cache}"]
+    from verl_trb.main import prepare
+
+    with open_dict(config):
+        prepare(config, lambda line: None)
+    return []
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table.show_header = any(columns)
+    for number, column in enumerate(columns):
+        table.add_column(column, style="bright_black" if number == 0 else "", overflow="fold")
+    return table
+
+
+def _models(config: DictConfig) -> Table:
+    table = _table("Models", "", "path", "parameters", "layers", "heads/kv", "hidden", "vocabulary")
+    paths = {"student": (preflight.STUDENT, config.actor_rollout_ref.model.path)}
+    paths["teacher"] = (preflight.TEACHER, config.trb.teacher.path)
+    for role, (key, path) in paths.items():
+        try:
+            model = find_model(key, path)
+        except UserError:  # listed below
+            model = None
+        shown = str(path or f"made by task {config.trb.prepare}")
+        table.add_row(role, shown, *(_facts(model) if model else ["not on this machine"]))
+    return table
+
+
+def _facts(model: Model) -> list[str]:
+    size = f"{model.parameters:,}" if model.parameters else "no weights here"
+    return [
+        size,
+        str(model.layers),
+        model.heads,
+        f"{model.config['hidden_size']:,}",
+        f"{model.vocabulary_rows:,}",
+    ]
+
+
+def _data(config: DictConfig) -> Table:
+    table = _table("Data", "", "files", "tokens, at most")
+    limits = {"train_files": "max_prompt_length", "val_files": "max_response_length"}
+    for (key, limit), what in zip(limits.items(), ("a prompt", "a response"), strict=True):
+        files = ", ".join(map(str, files_of(config.data[key]))) or "none"
+        if not config.data[key] and config.trb.prepare:
+            files = f"made by task {config.trb.prepare}"
+        table.add_row(key.removesuffix("_files"), files, f"{what} {config.data[limit]:,}")
+    return table
+
+
+def _batches(config: DictConfig) -> Table:
+    table = _table("Batches", "", "")
+    for name, value in batch_table(config).items():
+        table.add_row(name, f"{value:,}")
+    actor = config.actor_rollout_ref.actor
+    micro = (
+        f"up to {actor.ppo_max_token_len_per_gpu:,} tokens a device"
+        if actor.use_dynamic_bsz
+        else f"{actor.ppo_micro_batch_size_per_gpu} sequences a device"
+    )
+    table.add_row("micro-batch", micro)
+    trainer = config.trainer
+    steps = f"{trainer.total_training_steps:,}" if trainer.total_training_steps else f"{trainer.total_epochs} epochs"
+    table.add_row("training steps", steps)
+    table.add_row("validation, checkpoint every", f"{trainer.test_freq}, {trainer.save_freq} steps")
+    return table
+
+
+def _schedules(config: DictConfig) -> Table:
+    trb, optim = config.trb, config.actor_rollout_ref.actor.optim
+    middle = trb.warmup_steps // 2
+    last = max(config.trainer.total_training_steps or 0, trb.warmup_steps + 1)
+    steps = sorted(
+        {
+            1,
+            2,
+            max(middle, 1),
+            max(optim.lr_warmup_steps, 0) + 1,
+            trb.warmup_steps,
+            trb.warmup_steps + 1,
+            last,
+        }
+    )
+    table = _table(f"Schedules ({trb.policy}, ε₀ = {trb.epsilon:g}, K = {trb.warmup_steps})", "step", *map(str, steps))
+    # The student's own rollouts need no budget.
+    epsilon = 0.0 if trb.policy == "student" else trb.epsilon
+    table.add_row("ε, nats a token", *(f"{annealed_epsilon(step, epsilon, trb.warmup_steps):.3g}" for step in steps))
+    if optim.lr_scheduler_type == "constant":
+        warmup = max(optim.lr_warmup_steps, 0)
+        rates = (optim.lr * min(1.0, (step - 1) / warmup if warmup else 1.0) for step in steps)
+        table.add_row("learning rate", *(f"{rate:.2g}" for rate in rates))
+    else:
+        table.add_row("learning rate", f"{optim.lr:g}, {optim.lr_scheduler_type} after {optim.lr_warmup_steps} steps")
+    return table
+
+
+def _engine(config: DictConfig) -> Table:
+    rollout, data, drafts = config.actor_rollout_ref.rollout, config.data, config.trb.draft_tokens
+    table = _table(f"Rollout engine (γ = {drafts} draft tokens)", "", "set", "at least")
+    length = model_length(data.max_prompt_length, data.max_response_length, drafts)
+    table.add_row("max_num_seqs", f"{rollout.max_num_seqs:,}", "1")
+    needed = batched_tokens(rollout.max_num_seqs, drafts)
+    table.add_row("max_num_batched_tokens", f"{rollout.max_num_batched_tokens:,}", f"{needed:,}")
+    table.add_row("max_model_len", f"{rollout.max_model_len:,}", f"{length:,}")
+    table.add_row("tensor_model_parallel_size", str(rollout.tensor_model_parallel_size), "1")
+    return table

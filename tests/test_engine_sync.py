@@ -1,0 +1,114 @@
+"""Weight syncs: verl's real bucketed transfer, twice; the student becomes the new weights, the teacher stays.
+
+The engine tells both models' log-probabilities itself: at ε = 0 it returns log π_S, at a huge ε log π_T.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from engine import STUDENT, BlendedEngine, engine, make_pair, tiny_model
+from engine_oracle import next_token_logprobs
+from torch import Tensor
+
+BUCKET = 96 * 1024  # bytes; a student has about 0.5 MB
+PROMPTS = torch.randint(3, 128, (24, 12), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def sync(blended: BlendedEngine, model: torch.nn.Module, dtype: torch.dtype) -> int:
+    """Send a model's state dict as verl's trainer does, from another thread; how many buckets it took."""
+    from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender
+
+    weights = [(name, tensor.detach().to(dtype)) for name, tensor in model.state_dict().items()]
+    sender = BucketedWeightSender(blended.worker._get_zmq_handle(), bucket_size_mb=1, use_shm=True)
+    sender.bucket_size = BUCKET
+    thread = threading.Thread(target=lambda: asyncio.run(sender.async_send_weights(iter(weights))), daemon=True)
+    thread.start()
+    buckets = 0
+    update = blended.worker._update_weights
+
+    def counted(*args: object, **kwargs: object) -> None:
+        nonlocal buckets
+        buckets += 1
+        update(*args, **kwargs)
+
+    blended.worker._update_weights = counted
+    try:
+        blended.llm.collective_rpc("update_weights_from_ipc", kwargs={"use_shm": True})
+    finally:
+        del blended.worker._update_weights
+    thread.join(timeout=60)
+    assert not thread.is_alive()
+    blended.llm.reset_prefix_cache()
+    return buckets
+
+
+def gaps(blended: BlendedEngine, student: torch.nn.Module | Path, teacher: Path) -> tuple[Tensor, Tensor]:
+    """|engine − Hugging Face| of every returned log-probability: the student's and the teacher's."""
+    result = []
+    for epsilon, model in ((0.0, student), (1e4, teacher)):
+        rollouts = blended.rollouts(PROMPTS, epsilon, 10)
+        responses = [rollout.token_ids for rollout in rollouts]
+        returned_N = torch.tensor([x for rollout in rollouts for x in rollout.logprobs], dtype=torch.float64)
+        logp_NV = next_token_logprobs(model, PROMPTS, responses, blended.vocabulary, teacher=epsilon > 0)
+        token_N = torch.tensor([token for response in responses for token in response])
+        result.append((returned_N - logp_NV.gather(-1, token_N[:, None]).squeeze(-1)).abs())
+    return result[0], result[1]
+
+
+def check_two_syncs(blended: BlendedEngine, tied: bool, dtype: torch.dtype, most: float, mean: float) -> None:
+    """After each sync both models answer like Hugging Face's, within float error; the old student does not."""
+    pair = blended.pair
+    previous: torch.nn.Module | Path = pair.student
+    for seed in (101, 102):
+        new = tiny_model(seed, tied, **STUDENT).to(dtype).double()
+        assert sync(blended, new, dtype) > 3
+        student_N, teacher_N = gaps(blended, new, pair.teacher)
+        assert student_N.max() < most and student_N.mean() < mean
+        assert teacher_N.max() < most and teacher_N.mean() < mean
+        stale_N, _ = gaps(blended, previous, pair.teacher)
+        assert stale_N.mean() > 0.5
+        previous = new
+
+
+def test_teacher_equal_to_student_then_two_syncs_with_tied_head(tmp_path: Path) -> None:
+    """π_T = π_S: every draft is accepted, log μ = log π_S at any ε. Then the student moves, the teacher stays."""
+    torch.set_num_threads(1)
+    pair = make_pair(tmp_path, tied=True, same=True)
+    with engine(pair, draft_tokens=4) as blended:
+        torch.manual_seed(0)
+        prompts = PROMPTS * 8
+        rollouts = blended.rollouts(prompts, 0.1, 12)
+        sums = blended.statistics()
+        assert sums["tokens"] > 1000
+        assert sums["accepted"] == sums["verified"] == sums["tokens"]
+        assert sums["tv"] / sums["tokens"] < 1e-5 and sums["kl"] / sums["tokens"] < 1e-6
+        responses = [rollout.token_ids for rollout in rollouts]
+        returned_N = torch.tensor([x for rollout in rollouts for x in rollout.logprobs], dtype=torch.float64)
+        logp_NV = next_token_logprobs(pair.student, prompts, responses, pair.vocabulary)
+        token_N = torch.tensor([token for response in responses for token in response])
+        assert (returned_N - logp_NV.gather(-1, token_N[:, None]).squeeze(-1)).abs().max() < 5e-5
+        check_two_syncs(blended, True, torch.float32, most=1e-4, mean=1e-5)
+        blended.statistics()
+        blended.rollouts(prompts, 0.1, 12)
+        moved = blended.statistics()
+        assert moved["accepted"] < 0.95 * moved["verified"]
+
+
+def test_two_syncs_with_untied_head(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    with engine(make_pair(tmp_path), draft_tokens=2) as blended:
+        check_two_syncs(blended, False, torch.float32, most=1e-4, mean=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
+def test_two_syncs_in_bfloat16(tmp_path: Path, tied: bool) -> None:
+    """The engine computes in bfloat16; the oracle has the same rounded weights."""
+    torch.set_num_threads(1)
+    with engine(make_pair(tmp_path, tied=tied), draft_tokens=2, dtype="bfloat16") as blended:
+        check_two_syncs(blended, tied, torch.bfloat16, most=1.0, mean=0.08)

@@ -104,8 +104,8 @@ def sentence(error: Exception) -> str:
         mark = error.problem_mark
         return f"{mark.name}, line {mark.line + 1}: {error.problem or 'not YAML'}."
     cause: BaseException = error
-    while not isinstance(cause, OmegaConfBaseException) and cause.__cause__ is not None:
-        cause = cause.__cause__
+    while not isinstance(cause, OmegaConfBaseException) and (inner := cause.__cause__ or cause.__context__):
+        cause = inner
     if isinstance(cause, OmegaConfBaseException):
         key = cause.full_key or ""
         if str(cause.msg).startswith("Key ") and not key.startswith("trb."):

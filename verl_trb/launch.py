@@ -4,7 +4,6 @@ The driver is this process; the trainer is a Ray actor (so it may stand on anoth
 for its events. Everything the workers print goes to log files.
 """
 
-import os
 import shutil
 import signal
 import time
@@ -24,40 +23,44 @@ SHOWN = ("stage", "step", "warning", "error")  # the others are for the summary
 
 
 def launch(config: DictConfig, display: Display) -> int:
-    """Run a resolved, checked config to its end.
+    """Run a config that `completed` has filled in, to its end.
 
     Returns:
-        0 when training finished, 1 when it failed (the display has said why), 130 after Ctrl-C.
+        0 when training finished, 1 when it failed (the display has said why), 130 after Ctrl-C or SIGTERM.
     """
-    config = _with_trb_in_workers(config)
     run_dir = Path(config.trb.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
-    interrupted = False
-    # A second Ctrl-C during the clean-up must not leave processes behind.
-    signal.signal(signal.SIGTERM, lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         display.stage("starting Ray")
         _start_ray(config)
         runner = DistillationTaskRunner.options(max_concurrency=2).remote()
         return _follow(runner, config, display)
     except KeyboardInterrupt:
-        interrupted = True
-        display.warning("interrupted: stopping the workers")
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
+        display.warning("interrupted: stopping the workers; the same command resumes from the last checkpoint")
         return 130
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         _stop_ray(run_dir)
-        if interrupted:
-            display.warning(f"stopped; run the same command again to resume from the last checkpoint in {run_dir}")
+        signal.signal(signal.SIGTERM, before)
 
 
-def _with_trb_in_workers(config: DictConfig) -> DictConfig:
-    """verl hands its workers and servers their own sections only: `rollout.custom` carries ours to them."""
+def completed(config: DictConfig) -> DictConfig:
+    """The config with what follows from it filled in, and `trb` where workers and servers see it.
+
+    verl hands them their own sections only: `rollout.custom` carries ours.
+    """
     config = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    trb, rollout = config.trb, config.actor_rollout_ref.rollout
     with open_dict(config):
-        config.actor_rollout_ref.rollout.custom = {"trb": config.trb}
+        trb.teacher.dtype = trb.teacher.dtype or rollout.dtype
+        # Only the policy gradient needs the student's log-probabilities before the update.
+        config.algorithm.rollout_correction.bypass_mode = trb.loss != "sampled"
+        rollout.custom = {"trb": trb}
     return config
+
+
+def _interrupt(*args: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def _start_ray(config: DictConfig) -> None:
@@ -70,7 +73,9 @@ def _start_ray(config: DictConfig) -> None:
     runtime_env["env_vars"].update(given.pop("env_vars", {}))
     runtime_env.update(given)
     try:
-        ray.init(log_to_driver=False, runtime_env=runtime_env, **{k: v for k, v in kwargs.items() if v is not None})
+        ray.init(
+            log_to_driver=False, runtime_env=runtime_env, **{k: v for k, v in kwargs.items() if v is not None}
+        )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"Ray could not be started: {error}") from error
 
@@ -91,7 +96,7 @@ def _follow(runner: Any, config: DictConfig, display: Display) -> int:
     try:
         ray.get(running)
     except ray.exceptions.RayTaskError as error:
-        display.error(_reason(error))
+        display.error(f"{_reason(error)} (the workers' output is in {config.trb.run_dir}/logs)")
         return 1
     except ray.exceptions.RayActorError as error:
         display.error(f"the trainer process died: {error}")
@@ -125,7 +130,3 @@ def _stop_ray(run_dir: Path) -> None:
     if logs.is_dir():
         shutil.copytree(logs, target, ignore=shutil.ignore_patterns("old"), dirs_exist_ok=True, symlinks=True)
         shutil.rmtree(logs.parent, ignore_errors=True)
-
-
-def logs_hint() -> str:
-    return os.path.join("logs", "*", "worker-*.err")

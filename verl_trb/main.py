@@ -11,6 +11,8 @@ right. Exit code 2 with one line `error: ...` for what the user can mend.
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, open_dict
 from rich.console import Console
@@ -36,10 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(config: DictConfig) -> int:
-    """One run of a composed, checked configuration.
-
-    Returns its exit code; raises UserError before Ray starts.
-    """
+    """One run of a composed, checked configuration. Returns its exit code; raises UserError before Ray starts."""
     from verl_trb import compat, preflight
 
     if config.dry_run:
@@ -48,18 +47,44 @@ def run(config: DictConfig) -> int:
         return dry_run.show(config)
 
     from verl_trb.display import Display
+    from verl_trb.quiet import quiet
+    from verl_trb.run_folder import LOGS, State, open_run
 
     compat.check_versions()
-    with Display(total_steps=config.trainer.total_training_steps or 0) as display:
+    preflight.check_run_dir(config)
+    logs = Path(config.trb.run_dir) / LOGS
+    with quiet(logs / "driver.log") as screen, Display(screen, config.trainer.total_training_steps or 0) as display:
         display.header(header(config))
         if config.trb.prepare:
             display.stage(f"models and data of {config.trb.prepare}")
             prepare(config, display.stage)
         display.stage("checking models, data and machine")
         preflight.check(config)
-        from verl_trb.launch import launch
+        from verl_trb.launch import completed, launch
 
-        return launch(config, display)
+        config = completed(config)
+        state = open_run(config)
+        if state is State.FINISHED:
+            display.warning("this run is finished; trainer.resume_mode=disable starts it anew")
+        code = 0 if state is State.FINISHED else launch(config, display)
+        results(config, display, finished=code == 0)
+        return code
+
+
+def results(config: DictConfig, display: Any, finished: bool) -> None:
+    """Draws the picture of what there is, and for a finished run shows the results and where they are."""
+    from verl_trb.report import draw_report, read_metrics, summary
+    from verl_trb.run_folder import METRICS, REPORT, STUDENT, relatives
+
+    run_dir = Path(config.trb.run_dir)
+    if not (run_dir / METRICS).exists():
+        return
+    draw_report(relatives(run_dir), run_dir / REPORT)
+    if not finished:
+        return
+    places = {"picture": run_dir / REPORT, "student": run_dir / STUDENT, "metrics": run_dir / METRICS}
+    vanilla = f"python -m verl_trb.main recipe={config.trb.recipe} trb.policy=student"
+    display.summary(summary(read_metrics(run_dir)), places, "" if config.trb.policy == "student" else vanilla)
 
 
 def prepare(config: DictConfig, progress: Callable[[str], None]) -> None:

@@ -69,7 +69,9 @@ class DistillationEngine(FSDPEngineWithLMHead):
         finally:
             self.head.request = None
 
-    def prepare_model_outputs(self, output: Any, output_args: dict, micro_batch: TensorDict, logits_processor_func: Any):
+    def prepare_model_outputs(
+        self, output: Any, output_args: dict, micro_batch: TensorDict, logits_processor_func: Any
+    ):
         """One nested tensor [B, prompt + response] per column of COLUMNS."""
         if self.head.request is None:
             return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)

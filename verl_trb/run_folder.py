@@ -1,0 +1,108 @@
+"""The folder of a run: whether a command continues the run in it, has nothing left to do, or must not touch it.
+
+    config.yaml     the resolved configuration       metrics.jsonl   one JSON object a step
+    report.png      the picture                      logs/           what every process printed
+    checkpoints/    verl's, with the optimizer       student/        the trained student, a Hugging Face folder
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from verl_trb.errors import UserError
+
+CONFIG, METRICS, REPORT, STUDENT, LOGS = "config.yaml", "metrics.jsonl", "report.png", "student", "logs"
+# May differ between a run and its continuation: how long it goes on, how it is shown, where things stand.
+FREE = ("trainer.total_training_steps", "trainer.total_epochs", "trainer.logger", "trainer.save_freq",
+        "trainer.test_freq", "trainer.resume_mode", "trainer.max_actor_ckpt_to_keep", "trainer.val_before_train",
+        "ray_kwargs", "dry_run", "trb.cache_dir", "trb.run_dir", "actor_rollout_ref.actor.optim.total_training_steps",
+        "actor_rollout_ref.rollout.custom")  # fmt: skip
+
+
+class State(Enum):
+    NEW = "new"
+    UNFINISHED = "unfinished"
+    FINISHED = "finished"
+
+
+def last_checkpoint(run_dir: Path) -> int | None:
+    """The step of the last complete checkpoint, by the file verl writes after all others."""
+    try:
+        return int((run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def open_run(config: DictConfig) -> State:
+    """Decide what the command means for its run folder, and write config.yaml for a new or continued run.
+
+    With `trainer.resume_mode=disable` an earlier run in the folder is moved aside, never deleted.
+
+    Raises:
+        UserError: when the folder holds a run with other settings.
+    """
+    run_dir = Path(config.trb.run_dir)
+    earlier = run_dir / CONFIG
+    if config.trainer.resume_mode == "disable" and earlier.exists():
+        _move_aside(run_dir)
+    state = State.NEW
+    if earlier.exists():
+        _refuse_other_settings(run_dir, OmegaConf.load(earlier), config)
+        total = config.trainer.total_training_steps
+        done = last_checkpoint(run_dir) or 0
+        finished = total is not None and done >= total and (run_dir / STUDENT / "config.json").exists()
+        state = State.FINISHED if finished else State.UNFINISHED
+    if state is not State.FINISHED:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        partial = earlier.with_suffix(".partial")
+        OmegaConf.save(config, partial, resolve=True)
+        os.replace(partial, earlier)
+    return state
+
+
+def relatives(run_dir: Path) -> list[Path]:
+    """The runs to draw into one picture: this one, then others of its recipe in the same folder."""
+    recipe = _recipe(run_dir)
+    others = [path.parent for path in sorted(run_dir.parent.glob(f"*/{METRICS}")) if path.parent != run_dir]
+    return [run_dir, *(other for other in others if recipe and _recipe(other) == recipe)]
+
+
+def _recipe(run_dir: Path) -> str | None:
+    try:
+        return OmegaConf.select(OmegaConf.load(run_dir / CONFIG), "trb.recipe")
+    except (OSError, ValueError):
+        return None
+
+
+def _move_aside(run_dir: Path) -> None:
+    number = 1
+    while (aside := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
+        number += 1
+    shutil.move(run_dir, aside)
+
+
+def _refuse_other_settings(run_dir: Path, earlier: Any, config: DictConfig) -> None:
+    before = dict(_leaves(OmegaConf.to_container(earlier, resolve=True)))
+    now = dict(_leaves(OmegaConf.to_container(config, resolve=True)))
+    for key in sorted(before.keys() | now.keys()):
+        if any(key == free or key.startswith(f"{free}.") for free in FREE):
+            continue
+        if before.get(key) != now.get(key):
+            raise UserError(
+                f"{run_dir} holds a run with {key}={before.get(key)}, and this command says {now.get(key)}: give the "
+                "new run a folder of its own with trb.run_dir=FOLDER, or add trainer.resume_mode=disable to start "
+                "anew (the earlier run is moved aside)."
+            )
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict) and tree:
+        for name, value in tree.items():
+            yield from _leaves(value, f"{path}.{name}" if path else str(name))
+    else:
+        yield path, tree

@@ -16,6 +16,7 @@ from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
 from verl_trb.display import Display
 from verl_trb.errors import UserError
+from verl_trb.rollout.request import ROLLOUT_NAME
 from verl_trb.training.task_runner import DistillationTaskRunner
 
 POLL_SECONDS = 0.25
@@ -120,11 +121,21 @@ def _reason(error: ray.exceptions.RayTaskError) -> str:
     return f"{type(cause).__name__}: {lines[-1] if lines else cause}"
 
 
+def _stop_engines() -> None:
+    """Ask the rollout engines to end by themselves; what does not answer is killed with Ray."""
+    try:
+        names = [name for name in ray.util.list_named_actors() if name.startswith(f"{ROLLOUT_NAME}_server_")]
+        ray.wait([ray.get_actor(name).shutdown.remote() for name in names], num_returns=len(names), timeout=20)
+    except (ray.exceptions.RayError, ValueError):
+        pass
+
+
 def _stop_ray(run_dir: Path) -> None:
     """Shut Ray down and keep its workers' logs in the run's folder."""
     if not ray.is_initialized():
         return
     logs = Path(ray._private.worker.global_worker.node.get_logs_dir_path())
+    _stop_engines()
     ray.shutdown()
     target = run_dir / "logs" / time.strftime("%Y%m%d-%H%M%S")
     if logs.is_dir():

@@ -23,6 +23,8 @@ def blended_engine_args(student: str, draft_tokens: int, tensor_parallel_size: i
         "load_format": "auto",
         # The next block needs this block's last token on the host: see docs/performance.md.
         "async_scheduling": False,
+        # One worker lives in the engine's own process: no second start-up, no shared memory to leave behind.
+        "distributed_executor_backend": "uni" if tensor_parallel_size == 1 else "mp",
         # Stop ids come with each request; the teacher's own generation defaults must not end a rollout.
         "generation_config": "vllm",
         "worker_extension_cls": "verl_trb.rollout.worker_extension.BlendedWorkerExtension",

@@ -38,7 +38,12 @@ Submit = Callable[[list[int], BlendedRequest, int, int], Awaitable[Answer]]
 
 
 async def generate_blended(
-    submit: Submit, prompt_ids: Sequence[int], max_tokens: int, epsilon: float, marker: int, stop_ids: Sequence[int]
+    submit: Submit,
+    prompt_ids: Sequence[int],
+    max_tokens: int,
+    epsilon: float,
+    marker: int,
+    stop_ids: Sequence[int],
 ) -> Rollout:
     """Sample up to `max_tokens` tokens of μ after `prompt_ids`.
 
@@ -56,7 +61,9 @@ async def generate_blended(
     """
     prompt = list(prompt_ids)
     if len(prompt) < 2:
-        raise ValueError(f"a prompt needs at least two tokens, got {len(prompt)}: the engine forces the last one")
+        raise ValueError(
+            f"a prompt needs at least two tokens, got {len(prompt)}: the engine forces the last one"
+        )
     if prompt[-1] in stop_ids or prompt[-1] == marker:
         raise ValueError(
             f"the prompt ends with token {prompt[-1]}, which ends a response: close the prompt with the chat "

@@ -8,6 +8,7 @@ token comes from a block that the student drafted and the teacher verified.
 from dataclasses import dataclass
 from typing import Any
 
+ROLLOUT_NAME = "trb"  # verl's name for the engine: actor_rollout_ref.rollout.name
 FORCED = "trb_forced_token"
 EPSILON = "trb_epsilon"
 

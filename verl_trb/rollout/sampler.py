@@ -12,7 +12,6 @@ Shapes: B requests of the batch, R of them with drafts, G drafts a block (γ), N
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from verl_trb.coupling import couple
 from verl_trb.policies import get_policy
 from verl_trb.rollout.request import BlendedRequest
 from verl_trb.rollout.statistics import RolloutStatistics
+from verl_trb.rollout.teacher_gate import TeacherGate
 from verl_trb.vocabulary import SharedVocabulary, canonicalize
 
 
@@ -51,6 +51,7 @@ class BlendedSampling:
     policy_params: dict[str, Any]
     vocabulary: SharedVocabulary
     statistics: RolloutStatistics
+    gate: TeacherGate
 
     def token_without_draft(self, row: Row) -> int:
         """The forced first token of a fresh request; else the marker, because π_S, and so μ, is unknown."""
@@ -104,7 +105,7 @@ class BehaviorSampler(RejectionSampler):
         # vLLM's `draft_probs` is None for the whole batch as soon as one row has none: a request, say, that joins
         # the batch with all but one token cached, and is padded with placeholder drafts. Ask row by row instead.
         pairs = zip(metadata.num_draft_tokens, rows, strict=True)
-        drafted = [n if row.student_GV is not None else 0 for n, row in pairs]
+        drafted = [n if row.request is not None and row.student_GV is not None else 0 for n, row in pairs]
         columns = metadata.max_spec_len + 1
         tokens_BC = torch.full((len(rows), columns), PLACEHOLDER_TOKEN_ID, dtype=torch.long, device=device)
         logp_BC = torch.zeros((len(rows), columns), dtype=torch.float32, device=device)
@@ -135,11 +136,13 @@ class BehaviorSampler(RejectionSampler):
         device = logits.device
         vocabulary = self.sampling.vocabulary
         num_drafts_R = torch.tensor(num_drafts, device=device)
-        # An ended or greedy row never reaches here with ε > 0: the server refuses it.
-        epsilon_R = torch.tensor([row.request.epsilon if row.request else 0.0 for row in rows], device=device)
+        epsilon_R = torch.tensor([row.request.epsilon for row in rows if row.request], device=device)
         epsilon_N = epsilon_R.repeat_interleave(num_drafts_R)
 
-        student_NV = torch.cat([row.student_GV[:n] for row, n in zip(rows, num_drafts, strict=True)])
+        student = [
+            row.student_GV[:n] for row, n in zip(rows, num_drafts, strict=True) if row.student_GV is not None
+        ]
+        student_NV = torch.cat(student)
         logp_student_NV = student_NV[:, : vocabulary.size].log()
         drafts_N, target_N = metadata.draft_token_ids.long(), metadata.target_logits_indices
         if len(student_NV) < len(drafts_N):  # in between lie drafts of rows without π_S
@@ -148,12 +151,15 @@ class BehaviorSampler(RejectionSampler):
             known_B[index_R] = True
             known_N = known_B.repeat_interleave(drafts_B)
             drafts_N, target_N = drafts_N[known_N], target_N[known_N]
-        teacher_NV = logits[target_N][:, : vocabulary.size].float()
-        if sampling_metadata.temperature is not None:
-            temperature_R = sampling_metadata.temperature[index_R]
-            temperature_R = torch.where(temperature_R > 0, temperature_R, 1.0)
-            teacher_NV = teacher_NV / temperature_R.repeat_interleave(num_drafts_R).unsqueeze(1)
-        logp_teacher_NV = canonicalize(teacher_NV, vocabulary, role="teacher").log_softmax(-1)
+        logp_teacher_NV = (
+            logp_student_NV  # while the teacher is skipped every ε is 0, and μ is π_S whatever π_T is
+        )
+        if not self.sampling.gate.skipped:
+            teacher_NV = logits[target_N][:, : vocabulary.size].float()
+            if sampling_metadata.temperature is not None:
+                temperature_R = sampling_metadata.temperature[index_R]
+                teacher_NV = teacher_NV / temperature_R.repeat_interleave(num_drafts_R).unsqueeze(1)
+            logp_teacher_NV = canonicalize(teacher_NV, vocabulary, role="teacher").log_softmax(-1)
 
         policy = get_policy(self.sampling.policy)
         blended = policy(logp_student_NV, logp_teacher_NV, epsilon_N, **self.sampling.policy_params)
@@ -183,9 +189,10 @@ class BehaviorSampler(RejectionSampler):
 
         token_RG1 = coupled.tokens_BG.clamp(min=0).unsqueeze(-1)
         logp_student_RG = logp_student_RGV.gather(-1, token_RG1).squeeze(-1)
-        logp_teacher_RG = padded(logp_teacher_NV).gather(-1, token_RG1).squeeze(-1)
         draft_RG1 = drafts_RG.unsqueeze(-1)
-        log_accept_RG = (log_mu_RGV.gather(-1, draft_RG1) - logp_student_RGV.gather(-1, draft_RG1)).squeeze(-1)
+        log_accept_RG = (log_mu_RGV.gather(-1, draft_RG1) - logp_student_RGV.gather(-1, draft_RG1)).squeeze(
+            -1
+        )
         beta_RG, kl_RG = padded(blended.beta), padded(blended.kl)
         self.sampling.statistics.add(
             tokens=kept_RG,
@@ -199,6 +206,5 @@ class BehaviorSampler(RejectionSampler):
             # E over drafts of 1 − min(1, μ/π_S) is the total variation, without another pass over V.
             tv=1 - log_accept_RG[kept_RG].clamp(max=0).exp(),
             log_ratio=(coupled.logp_BG - logp_student_RG)[kept_RG],
-            teacher_logprob=logp_teacher_RG[kept_RG],
         )
         return coupled.tokens_BG.where(kept_RG, PLACEHOLDER_TOKEN_ID), coupled.logp_BG.where(kept_RG, 0.0)

@@ -3,7 +3,10 @@
 Registered with verl as the rollout engine `trb` (`actor_rollout_ref.rollout.name: trb`).
 """
 
+import asyncio
 import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -15,11 +18,9 @@ from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, 
 
 from verl_trb.rollout.engine_args import ENGINE_ENVIRONMENT, blended_engine_args, model_length
 from verl_trb.rollout.generation import Answer, generate_blended
-from verl_trb.rollout.request import EPSILON, BlendedRequest
+from verl_trb.rollout.request import EPSILON, ROLLOUT_NAME, BlendedRequest
 from verl_trb.rollout.statistics import merge
 from verl_trb.vocabulary import from_tokenizers
-
-ROLLOUT_NAME = "trb"
 
 
 class BlendedHttpServer(vLLMHttpServer):
@@ -29,6 +30,9 @@ class BlendedHttpServer(vLLMHttpServer):
         os.environ.update(ENGINE_ENVIRONMENT)
         self.trb: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(config.custom["trb"]))
         self.resubmitted = 0
+        # The teacher's gate: closed (skipped) only while all requests in flight have ε = 0.
+        self.teacher_skipped, self.in_flight = False, 0
+        self.gate = asyncio.Condition()
         super().__init__(config, *args, **kwargs)
 
     def _init_model_config(self, model_config: Any) -> Any:
@@ -51,9 +55,13 @@ class BlendedHttpServer(vLLMHttpServer):
 
     def _validate_configs(self) -> None:
         super()._validate_configs()
-        needed = model_length(self.config.prompt_length, self.config.response_length, self.trb["draft_tokens"])
+        needed = model_length(
+            self.config.prompt_length, self.config.response_length, self.trb["draft_tokens"]
+        )
         if self.config.max_model_len < needed:
-            raise ValueError(f"actor_rollout_ref.rollout.max_model_len is {self.config.max_model_len}; it must be at least {needed}")
+            raise ValueError(
+                f"actor_rollout_ref.rollout.max_model_len is {self.config.max_model_len}; it must be at least {needed}"
+            )
 
     def _preprocess_engine_kwargs(self, engine_kwargs: dict) -> None:
         super()._preprocess_engine_kwargs(engine_kwargs)
@@ -83,7 +91,9 @@ class BlendedHttpServer(vLLMHttpServer):
         epsilon = float((params.pop("extra_args", None) or {}).get(EPSILON, 0.0))
         params.pop("logprobs", None)
         room = self.config.prompt_length + self.config.response_length - len(prompt_ids)
-        max_tokens = params.pop("max_tokens", params.pop("max_new_tokens", min(self.config.response_length, room)))
+        max_tokens = params.pop(
+            "max_tokens", params.pop("max_new_tokens", min(self.config.response_length, room))
+        )
         stop_ids = [self.vocabulary.student_eos]
 
         async def submit(prefix: list[int], request: BlendedRequest, budget: int, round_: int) -> Answer:
@@ -93,6 +103,7 @@ class BlendedHttpServer(vLLMHttpServer):
                     **params,
                     "max_tokens": budget,
                     "logprobs": True,
+                    "detokenize": False,
                     "stop_token_ids": [*stop_ids, self.vocabulary.marker],
                     "extra_args": request.extra_args(),
                 },
@@ -101,12 +112,37 @@ class BlendedHttpServer(vLLMHttpServer):
             )
             return Answer(output.token_ids, output.log_probs or [], output.stop_reason, raw=output)
 
-        rollout = await generate_blended(submit, prompt_ids, max_tokens, epsilon, self.vocabulary.marker, stop_ids)
+        marker = self.vocabulary.marker
+        async with self._teacher_gate(epsilon):
+            rollout = await generate_blended(submit, prompt_ids, max_tokens, epsilon, marker, stop_ids)
         self.resubmitted += rollout.resubmitted
         output: TokenOutput = rollout.raw
         output.token_ids, output.log_probs = rollout.token_ids, rollout.logprobs
         output.stop_reason = rollout.stop_reason
         return output
+
+    @asynccontextmanager
+    async def _teacher_gate(self, epsilon: float) -> AsyncIterator[None]:
+        """Hold a place in the engine while the gate is as this request needs it.
+
+        A request with ε > 0 needs the teacher; one with ε = 0 goes either way, and closes the gate when it finds
+        the engine empty. Blocks cached while the teacher was skipped lack its keys and values: they are dropped.
+        """
+        async with self.gate:
+            if epsilon > 0 and self.teacher_skipped:
+                await self.gate.wait_for(lambda: self.in_flight == 0 or not self.teacher_skipped)
+            skip = epsilon == 0 and (self.teacher_skipped or self.in_flight == 0)
+            if skip != self.teacher_skipped and self.in_flight == 0:
+                await self.engine.reset_prefix_cache()
+                await self.engine.collective_rpc(method="skip_teacher", kwargs={"skipped": skip})
+                self.teacher_skipped = skip
+            self.in_flight += 1
+        try:
+            yield
+        finally:
+            async with self.gate:
+                self.in_flight -= 1
+                self.gate.notify_all()
 
     async def take_rollout_statistics(self) -> dict[str, float]:
         """Sums over the rollout tokens since the last call (see statistics.py), and requests resubmitted."""
@@ -116,6 +152,11 @@ class BlendedHttpServer(vLLMHttpServer):
         sums = (await self.engine.collective_rpc("take_rollout_statistics"))[0]
         resubmitted, self.resubmitted = self.resubmitted, 0
         return {**sums, "resubmitted": float(resubmitted)}
+
+    async def shutdown(self) -> None:
+        """End the engine and its processes in order, so that they remove their shared memory."""
+        if self.node_rank == 0:
+            self.engine.shutdown()
 
 
 class BlendedReplica(vLLMReplica):

@@ -3,7 +3,7 @@
 import torch
 
 COUNTS = ("tokens", "verified", "accepted", "blocks")
-SUMS = ("beta", "kl", "tv", "log_ratio", "teacher_logprob")
+SUMS = ("beta", "kl", "tv", "log_ratio")
 MAXIMA = ("beta_max", "kl_max")
 
 
@@ -19,7 +19,9 @@ class RolloutStatistics:
         self.reset()
 
     def reset(self) -> None:
-        self.values = {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in COUNTS + SUMS + MAXIMA}
+        self.values = {
+            name: torch.zeros((), dtype=torch.float64, device=self.device) for name in COUNTS + SUMS + MAXIMA
+        }
 
     def add(self, **values: torch.Tensor) -> None:
         """Each value is a tensor that is summed, or for MAXIMA reduced by its maximum; empty tensors are skipped."""
@@ -43,7 +45,9 @@ def merge(parts: list[dict[str, float]]) -> dict[str, float]:
     merged: dict[str, float] = {}
     for part in parts:
         for name, value in part.items():
-            merged[name] = max(merged.get(name, 0.0), value) if name in MAXIMA else merged.get(name, 0.0) + value
+            merged[name] = (
+                max(merged.get(name, 0.0), value) if name in MAXIMA else merged.get(name, 0.0) + value
+            )
     return merged
 
 
@@ -62,5 +66,4 @@ def rollout_metrics(sums: dict[str, float]) -> dict[str, float]:
         "trb/acceptance": sums["accepted"] / verified,
         "trb/tokens_per_teacher_pass": tokens / max(sums["blocks"], 1.0),
         "trb/log_ratio": sums["log_ratio"] / tokens,
-        "trb/teacher_logprob": sums["teacher_logprob"] / tokens,
     }

@@ -13,6 +13,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from verl_trb.rollout.request import BlendedRequest
 from verl_trb.rollout.sampler import BehaviorSampler, BlendedSampling, ForcedTokenSampler, Row
 from verl_trb.rollout.statistics import RolloutStatistics
+from verl_trb.rollout.teacher_gate import TeacherGate
 from verl_trb.vocabulary import SharedVocabulary
 
 
@@ -26,12 +27,14 @@ class BlendedWorkerExtension(vLLMColocateWorkerExtension):
         runner = self.model_runner
         shared = SharedVocabulary(**{**vocabulary, "masked": tuple(vocabulary["masked"])})
         self.rollout_statistics = RolloutStatistics(runner.device)
+        self.teacher_gate = TeacherGate(runner)
         sampling = BlendedSampling(
             rows=self._rows,
             policy=policy,
             policy_params=policy_params,
             vocabulary=shared,
             statistics=self.rollout_statistics,
+            gate=self.teacher_gate,
         )
         # The drafter samples inside vLLM: its logits are masked where they are made, with verl's own function.
         monkey_patch_compute_logits(runner.drafter.model, shared.size, list(shared.masked))
@@ -44,6 +47,13 @@ class BlendedWorkerExtension(vLLMColocateWorkerExtension):
         student_BGV = {}
         if runner._draft_probs is not None:
             student_BGV = dict(zip(runner._draft_prob_req_ids, runner._draft_probs, strict=True))
+        elif any(token >= 0 for drafts in runner.input_batch.spec_token_ids for token in drafts):
+            # Drafts without a distribution: vLLM skipped the student, whose KV cache now has a gap that later
+            # requests would read through the prefix cache; or the whole batch is greedy.
+            raise RuntimeError(
+                "the student gave no distributions for its drafts: raise actor_rollout_ref.rollout.max_model_len, "
+                "which a sequence came within 2 * trb.draft_tokens of, or the temperature, if it is 0"
+            )
         rows = []
         for request_id in runner.input_batch.req_ids:
             state = runner.requests[request_id]
@@ -58,6 +68,10 @@ class BlendedWorkerExtension(vLLMColocateWorkerExtension):
                 )
             )
         return rows
+
+    def skip_teacher(self, skipped: bool) -> None:
+        """Close or open the teacher's gate; only while no request is in the engine."""
+        self.teacher_gate.skipped = skipped
 
     def take_rollout_statistics(self) -> dict[str, float]:
         """The sums of `RolloutStatistics` since the last call."""
@@ -85,9 +99,21 @@ class BlendedWorkerExtension(vLLMColocateWorkerExtension):
             initialize_layerwise_reload(model)
             super().update_weights_from_ipc(*args, **kwargs)
             finalize_layerwise_reload(model, self._get_draft_model_config())
+            repack_tied_head(model)
 
     def _update_weights(self, weights: list[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any) -> None:
         if self.device.type == "cpu":
             # The layerwise reload keeps tensors until a layer is complete; the transfer buffer is reused before.
             weights = [(name, tensor.clone()) for name, tensor in weights]
         super()._update_weights(weights, *args, **kwargs)
+
+
+def repack_tied_head(model: torch.nn.Module) -> None:
+    """Pack a tied output layer again after a layerwise reload.
+
+    vLLM's reload loads the embedding, whose weight the output layer shares; but on CPU the output layer computes
+    with a packed copy of its own, which the reload does not know of (its documented limitation 2).
+    """
+    head = model.lm_head
+    if getattr(head, "weight", None) is model.model.embed_tokens.weight:
+        head.quant_method.process_weights_after_loading(head)

@@ -9,6 +9,7 @@ the machine and the files, and hands over to launch.py. Nothing heavy is importe
 right. Exit code 2 with one line `error: ...` for what the user can mend.
 """
 
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -52,14 +53,20 @@ def run(config: DictConfig) -> int:
 
     compat.check_versions()
     preflight.check_run_dir(config)
+    new = not Path(config.trb.run_dir).exists()
     logs = Path(config.trb.run_dir) / LOGS
     with quiet(logs / "driver.log") as screen, Display(screen, config.trainer.total_training_steps or 0) as display:
         display.header(header(config))
-        if config.trb.prepare:
-            display.stage(f"models and data of {config.trb.prepare}")
-            prepare(config, display.stage)
-        display.stage("checking models, data and machine")
-        preflight.check(config)
+        try:
+            if config.trb.prepare:
+                display.stage(f"models and data of {config.trb.prepare}")
+                prepare(config, display.stage)
+            display.stage("checking models, data and machine")
+            preflight.check(config)
+        except UserError:
+            if new:  # a refused run leaves no folder
+                shutil.rmtree(config.trb.run_dir, ignore_errors=True)
+            raise
         from verl_trb.launch import completed, launch
 
         config = completed(config)

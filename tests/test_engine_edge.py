@@ -122,7 +122,7 @@ def test_the_teachers_eos_counts_as_the_students(cramped: BlendedEngine, squeeze
     guided_N = visited.epsilon_N == TEACHER_ALONE
     guided = visited.where(guided_N)
     assert abs(z_scores(guided, guided.teacher_NV, [EOS])[0]) < 5
-    assert z_scores(guided, masked_NV[guided_N], [EOS])[0] > 12
+    assert z_scores(guided, masked_NV[guided_N], [EOS])[0] > 7
 
 
 def test_requests_without_our_settings_are_ended_unsampled(cramped: BlendedEngine) -> None:
@@ -145,11 +145,20 @@ def test_requests_without_our_settings_are_ended_unsampled(cramped: BlendedEngin
         assert vocabulary.marker not in tokens[i][1:]
 
 
-def test_a_request_of_the_largest_size_keeps_its_drafts(cramped: BlendedEngine) -> None:
-    """`model_length` is enough for the last block of the longest rollout."""
-    prompts = prompts_of([PROMPT] * 12, seed=4)
+def test_requests_of_the_largest_size_keep_their_drafts(cramped: BlendedEngine) -> None:
+    """`model_length` is enough for every last block, also while another sequence is a block behind."""
+    prompts = prompts_of([PROMPT] * 32, seed=4)
     preempted = cramped.preemptions
-    rollouts = [cramped.rollouts([prompt], 0.2, RESPONSE)[0] for prompt in prompts]
+    rollouts = [r for i in range(0, 32, 2) for r in cramped.rollouts(prompts[i : i + 2], 0.2, RESPONSE)]
     assert cramped.preemptions == preempted
     assert sum(rollout.resubmitted for rollout in rollouts) == 0
-    assert max(len(rollout.token_ids) for rollout in rollouts) == RESPONSE
+    assert sum(len(rollout.token_ids) == RESPONSE for rollout in rollouts) > 5
+
+
+def test_a_request_beyond_the_largest_size_is_an_error(cramped: BlendedEngine) -> None:
+    """vLLM would skip the student for the whole batch and go on with gaps in its KV cache: rollouts of a wrong
+    π_S, silently. (The last test here: the engine is of no use afterwards.)
+    """
+    prompts = prompts_of([PROMPT + 8] * 24, seed=5)
+    with pytest.raises(RuntimeError, match="max_model_len"):
+        cramped.rollouts(prompts, 0.2, RESPONSE)

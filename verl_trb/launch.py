@@ -14,6 +14,7 @@ import ray
 from omegaconf import DictConfig, OmegaConf, open_dict
 from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
+from verl_trb import compat
 from verl_trb.display import Display
 from verl_trb.errors import UserError
 from verl_trb.rollout.request import ROLLOUT_NAME
@@ -32,6 +33,7 @@ def launch(config: DictConfig, display: Display) -> int:
     run_dir = Path(config.trb.run_dir)
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
+        compat.assert_platform_registered()
         display.stage("starting Ray")
         _start_ray(config)
         runner = DistillationTaskRunner.options(max_concurrency=2).remote()

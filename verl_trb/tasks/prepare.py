@@ -1,0 +1,137 @@
+"""Makes a task's models and data at first use, and finds them again at every later one.
+
+`prepare("table_walk", cache_dir)` returns the paths of student, teacher, train file and validation file. A
+folder is made once for each task and settings: under a lock, in a temporary place beside it, and renamed when
+complete, so a folder with the final name is always whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+RECIPE_VERSION = 1  # raise it when the code that makes a folder changes what it makes
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run needs: two Hugging Face folders and two parquet files in verl's format."""
+
+    student: Path
+    teacher: Path
+    train_file: Path
+    val_file: Path
+
+
+def _make_table_walk(folder: Path, settings: Any, progress: Progress) -> None:
+    from verl_trb.tasks import table_walk, toy_models
+
+    train, val = table_walk.make_rows(settings.num_train, settings.num_val, settings.data_seed)
+    write_parquet(folder / "train.parquet", train)
+    write_parquet(folder / "val.parquet", val)
+    val_prompts = [row["prompt"][0]["content"] for row in val]
+    accuracies = toy_models.make_pair(folder, settings, val_prompts, progress)
+    (folder / "accuracy.json").write_text(json.dumps(accuracies) + "\n")
+
+
+def _table_walk_settings() -> Any:
+    from verl_trb.tasks.toy_models import ToySettings
+
+    return ToySettings()
+
+
+def _make_smollm2(folder: Path, settings: Any, progress: Progress) -> None:
+    from verl_trb.tasks import smollm2
+
+    train, val = smollm2.make_rows(settings)
+    write_parquet(folder / "train.parquet", train)
+    write_parquet(folder / "val.parquet", val)
+    smollm2.make_pair(folder, settings, progress)
+
+
+def _smollm2_settings() -> Any:
+    from verl_trb.tasks.smollm2 import SmolSettings
+
+    return SmolSettings()
+
+
+# name -> (default settings, maker); both import torch and transformers only when called
+TASKS: dict[str, tuple[Callable[[], Any], Callable[[Path, Any, Progress], None]]] = {
+    "table_walk": (_table_walk_settings, _make_table_walk),
+    "smollm2_pruned": (_smollm2_settings, _make_smollm2),
+}
+
+
+def prepare(
+    name: str, cache_dir: Path | str, progress: Progress | None = None, settings: Any | None = None
+) -> Prepared:
+    """The models and data of task `name`, made under `cache_dir` if they are not there yet.
+
+    `progress` receives short lines while something is made. `settings` replaces the task's defaults (a
+    dataclass of the task's module) and is part of the folder's name. Raises ValueError for an unknown name, a
+    `cache_dir` that cannot be written, or a missing package that the task needs.
+    """
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=3, cutoff=0.4) or sorted(TASKS)
+        raise ValueError(f"trb.prepare: unknown task {name!r}; did you mean {' or '.join(map(repr, near))}?")
+    default_settings, make = TASKS[name]
+    settings = default_settings() if settings is None else settings
+    key = json.dumps([RECIPE_VERSION, dataclasses.asdict(settings)], sort_keys=True)
+    cache_dir = Path(cache_dir).expanduser().absolute()
+    folder = cache_dir / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    if not folder.exists():
+        report = progress or (lambda line: None)
+        _make_once(folder, lambda partial: make(partial, settings, report), report)
+    return Prepared(
+        student=folder / "student",
+        teacher=folder / "teacher",
+        train_file=folder / "train.parquet",
+        val_file=folder / "val.parquet",
+    )
+
+
+def _make_once(folder: Path, make: Callable[[Path], None], progress: Progress) -> None:
+    """Calls `make` on a temporary folder, then renames it; one process at a time, nothing left on failure."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_name(folder.name + ".lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            progress(f"waiting for another process that is making {folder.name}")
+            lock.acquire()
+    except OSError as error:
+        raise ValueError(
+            f"trb.cache_dir={folder.parent} cannot be written ({error.strerror}): choose a folder that can."
+        ) from error
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        if folder.exists():  # the process we waited for has made it
+            return
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        partial.mkdir()
+        make(partial)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        lock.release()
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Rows as one parquet file; column types are inferred, so all rows have the same keys."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(rows), path)

@@ -33,7 +33,7 @@ usable() { "$1" -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.ver
 
 find_python() {
     local candidate
-    for candidate in "${PYTHON:-python3.12}" python3.12 python3.11 python3 python; do
+    for candidate in "${PYTHON:-python3.11}" python3.11 python3.12 python3 python; do
         if command -v "$candidate" >/dev/null && usable "$candidate"; then
             echo "$candidate"
             return
@@ -57,7 +57,8 @@ torch=$(grep '^torch==' "$lock")
 say "installing $torch"
 if ! pip_install "$torch"; then
     # pip's own configuration knows no CPU build; PyTorch's index has it. Any other failure repeats itself here.
-    pip_install --extra-index-url "$torch_index" "$torch" || fail "pip cannot install $torch."
+    pip_install --extra-index-url "$torch_index" "$torch" ||
+        fail "neither pip's own sources nor $torch_index have $torch for this Python."
 fi
 
 say "installing $(grep -c '==' "$lock") packages of $lock (a few minutes, 4 GB)"

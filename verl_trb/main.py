@@ -21,6 +21,7 @@ from rich.text import Text
 
 from verl_trb import composition
 from verl_trb.errors import UserError
+from verl_trb.recipe_source import recipe_names
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns the exit code: 0, 1 failed, 2 refused, 130 Ctrl-C.
     """
     try:
+        if {"-h", "--help"} & set(sys.argv[1:] if arguments is None else arguments):
+            print(f"{__doc__.strip()}\n\nRecipes: {', '.join(recipe_names())}")
+            return 0
         return composition.run(run, arguments)
     except UserError as error:
         text = Text.assemble(("error: ", "bold red"), " ".join(str(error).split()))

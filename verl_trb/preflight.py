@@ -23,6 +23,7 @@ from verl_trb.setting_checks import (
     check_batches,
     check_engine_sizes,
     check_environment,
+    check_platform,
     check_policy,
     check_sampling,
     check_verl_config,
@@ -207,6 +208,7 @@ CHECKS: tuple[Callable[[DictConfig], None], ...] = (
     check_validation_data,
     check_memory,
     check_verl_config,
+    check_platform,
 )
 
 

@@ -126,7 +126,7 @@ def check_batches(config: DictConfig) -> None:
 
 
 def check_verl_config(config: DictConfig) -> None:
-    """verl's own validation of its part. Last, because it imports verl, which takes seconds."""
+    """verl's own validation of its part. Late, because it imports verl, which takes seconds."""
     from verl.utils.config import validate_config
 
     try:
@@ -136,6 +136,11 @@ def check_verl_config(config: DictConfig) -> None:
         cause = error.__cause__ or error
         reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0].rstrip(".")
         raise UserError(f"verl refuses the configuration: {reason}.") from None
+
+
+def check_platform(config: DictConfig) -> None:
+    """verl has an accelerator to work with, or our CPU platform; it would hide that the latter failed to load."""
+    compat.assert_platform_registered()
 
 
 def check_engine_sizes(config: DictConfig) -> None:

@@ -125,7 +125,7 @@ class BlendedEngine:
         self.llm = LLM(**arguments)
         self.core = self.llm.llm_engine.engine_core.engine_core
         self.worker = self.core.model_executor.driver_worker.worker
-        self.preemptions = 0
+        self.preemptions, self.broken = 0, False
         self.blocks: dict[str, list[int]] = {}
         self.install(policy)
         self._count_preemptions()
@@ -165,7 +165,11 @@ class BlendedEngine:
         from vllm import SamplingParams
 
         prompts = [{"prompt_token_ids": list(prefix)} for prefix in prefixes]
-        return self.llm.generate(prompts, [SamplingParams(**p) for p in params], use_tqdm=False)
+        assert not self.broken, "an earlier error left requests in the engine"
+        self.broken = True
+        outputs = self.llm.generate(prompts, [SamplingParams(**p) for p in params], use_tqdm=False)
+        self.broken = False
+        return outputs
 
     def rollouts(
         self,

@@ -152,10 +152,19 @@ def test_sweep_gives_each_run_its_folder(tmp_path: Path, monkeypatch: pytest.Mon
     assert len({config.trb.run_dir for config in configs}) == 4
 
 
-def test_sweep_into_one_folder_is_refused(refusal: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_sweep_stops_at_a_wrong_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    said = refusal("-m", "recipe=quickstart", "trb.epsilon=0.1,-1", f"trb.run_dir={tmp_path}/one", "dry_run=true")
-    assert "trb.epsilon" in said  # the second run is wrong, and none after it starts
+    started: list[float] = []
+    with pytest.raises(ConfigError, match="trb.epsilon"):
+        composition.run(
+            lambda config: started.append(config.trb.epsilon) or 0,
+            ["-m", "recipe=quickstart", "trb.epsilon=0.1,-1,0.2"],
+        )
+    assert started == [0.1]
+
+
+def test_sweep_into_one_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="share trb.run_dir"):
         compose("-m", "recipe=quickstart", "trb.epsilon=0.1,0.2", f"trb.run_dir={tmp_path}/one")
 

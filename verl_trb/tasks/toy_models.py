@@ -2,7 +2,7 @@
 
 The teacher is trained on correct responses. The student is trained on "babble": before each step after the
 first, with a small probability, the rest of the response becomes random characters. It ends up knowing the
-tables, but its rollouts turn into junk that the teacher has never seen: what trust-region blending is made for.
+tables, but its rollouts turn into junk that the teacher has never seen: the case for trust-region blending.
 
 Shapes: B sequences, T tokens, V vocabulary.
 """
@@ -118,7 +118,7 @@ def encode(texts: list[str]) -> Tensor:
 
 
 def make_target(prompt: str, babble: float, rng: random.Random) -> str:
-    """The response to learn; before each step after the first, the rest turns to junk with probability `babble`."""
+    """The response to learn; before each step after the first the rest may, with `babble`, turn to junk."""
     response = task.solve(prompt)
     for step in range(1, task.STEPS):
         if rng.random() < babble:

@@ -1,7 +1,7 @@
 """Table walk: follow eight fixed permutations of the digits, one letter at a time.
 
 Prompt: a start digit, twelve letters and `=`, e.g. `9EFAHDACBFHDG=`. Response: each letter followed by the
-running value, then `.`, which ends the sequence: `E2F2A0...G5.` (25 tokens). One character is one token. The
+running value, then `.`, which ends the sequence: `E1F6A8...G6.` (25 tokens). One character is one token. The
 reward is an exact match of the whole response, so errors compound and lucky guesses count for nothing.
 
 This file holds the task only (no models, no torch): prompts, ground truth, reward, rows of verl's data files.

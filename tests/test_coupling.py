@@ -160,9 +160,7 @@ def test_rejection_without_residual_draws_from_mu(noise):
     student = p.log().expand(20_000, 1, 4)
     mu = (p * (1 - noise)).log().expand(20_000, 1, 4)
     draft = torch.zeros(20_000, 1, dtype=torch.long)
-    out = couple(
-        draft, torch.ones(20_000, dtype=torch.long), student, mu, generator=torch.Generator().manual_seed(0)
-    )
+    out = couple(draft, torch.ones(20_000, dtype=torch.long), student, mu, generator=torch.Generator().manual_seed(0))
     assert not out.accepted_BG.any() and (out.num_tokens_B == 1).all()
     seen = np.bincount(out.tokens_BG[:, 0].numpy(), minlength=4).astype(float)
     assert oracles.chi_square(seen, p.double().numpy()) > ALPHA
@@ -173,9 +171,7 @@ def test_corrections_never_leave_the_support_of_mu(dtype):
     g = torch.Generator().manual_seed(0)
     student = torch.randn(2000, 3, 30, generator=g).mul(3).log_softmax(-1)
     teacher = (
-        torch.randn(2000, 3, 30, generator=g)
-        .mul(3)
-        .masked_fill(torch.rand(2000, 3, 30, generator=g) < 0.3, -math.inf)
+        torch.randn(2000, 3, 30, generator=g).mul(3).masked_fill(torch.rand(2000, 3, 30, generator=g) < 0.3, -math.inf)
     )
     mu = blend(student, teacher.log_softmax(-1), 3.0).log_mu.to(dtype)
     draft = torch.multinomial(student.exp().view(-1, 30), 1, generator=g).view(2000, 3)
@@ -206,9 +202,7 @@ def test_full_size_vocabulary():
 def test_empty_batches():
     for rows, length in ((0, 3), (3, 0), (0, 0)):
         models = torch.zeros(rows, length, 5), torch.zeros(rows, length, 5)
-        out = couple(
-            torch.zeros(rows, length, dtype=torch.long), torch.zeros(rows, dtype=torch.long), *models
-        )
+        out = couple(torch.zeros(rows, length, dtype=torch.long), torch.zeros(rows, dtype=torch.long), *models)
         assert out.tokens_BG.shape == (rows, length) and out.num_tokens_B.tolist() == [0] * rows
 
 

@@ -214,9 +214,7 @@ with Display(total_steps=20) as display:
 class Terminal:
     """Runs calls of a Display in a process whose standard output is a pseudo-terminal of the given width."""
 
-    def __init__(
-        self, calls: list[tuple], columns: int = 80, environment: dict[str, str] | None = None
-    ) -> None:
+    def __init__(self, calls: list[tuple], columns: int = 80, environment: dict[str, str] | None = None) -> None:
         self.master, self.slave = pty.openpty()
         fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
         self.before = termios.tcgetattr(self.slave)

@@ -84,10 +84,7 @@ def test_value_and_gradient_through_output_layers(topk, oracle, bias, dtype):
         "b": (13,),
         "b_t": (13,),
     }
-    x = {
-        name: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
-        for name, shape in shapes.items()
-    }
+    x = {name: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype) for name, shape in shapes.items()}
     weight = torch.linspace(-1, 2, 7, dtype=torch.float64)
     leaves = {name: x[name].clone().requires_grad_() for name in ("hidden", "weight", "b")}
     exact = {name: x[name].double().requires_grad_() for name in ("hidden", "weight", "b")}
@@ -240,9 +237,7 @@ def test_shared_vocabulary_in_both_paths(student_eos, teacher_eos, topk):
     expected = chunked_reverse_kl(*both, topk=topk).loss_N
     from_logits = chunked_reverse_kl(student, teacher, topk=topk, vocabulary=vocabulary, chunk_tokens=4)
     from_function = chunked_reverse_kl(student, lambda rows: teacher[rows], topk=topk, vocabulary=vocabulary)
-    linear = linear_reverse_kl(
-        hidden, weight, hidden_t, weight_t, topk=topk, vocabulary=vocabulary, chunk_tokens=4
-    )
+    linear = linear_reverse_kl(hidden, weight, hidden_t, weight_t, topk=topk, vocabulary=vocabulary, chunk_tokens=4)
     grads = []
     for loss in (expected, from_logits.loss_N, from_function.loss_N, linear.loss_N):
         torch.testing.assert_close(loss, expected)
@@ -283,9 +278,7 @@ def test_no_large_float32_tensor():
     hidden.requires_grad_(), weight.requires_grad_(), student.requires_grad_()
     with Largest() as largest:
         chunked_reverse_kl(student, teacher, chunk_tokens=4).loss_N.mean().backward()
-        linear_reverse_kl(
-            hidden, weight, hidden.detach(), -weight.detach(), chunk_tokens=4
-        ).loss_N.mean().backward()
+        linear_reverse_kl(hidden, weight, hidden.detach(), -weight.detach(), chunk_tokens=4).loss_N.mean().backward()
     assert 0 < largest.numbers <= 4 * 1000
     with Largest() as largest:  # the instrument sees a larger chunk
         chunked_reverse_kl(student, teacher, chunk_tokens=8)
@@ -333,9 +326,7 @@ def test_sampled_advantage_gives_the_reverse_kl_gradient():
     logp_s, logp_t = student.log_softmax(-1), teacher.log_softmax(-1)
     log_mu = blend(logp_s.detach(), logp_t, 0.2).log_mu
     visits = torch.cat([torch.ones(1), log_mu[0].exp()]).double()
-    exact = (
-        visits * torch.stack([oracles.reverse_kl(student[i], teacher[i]) for i in range(1 + size)])
-    ).sum()
+    exact = (visits * torch.stack([oracles.reverse_kl(student[i], teacher[i]) for i in range(1 + size)])).sum()
     exact_grad = torch.autograd.grad(exact, student)[0]
 
     sequences = torch.tensor(list(itertools.product(range(size), repeat=2)))

@@ -33,7 +33,8 @@ SETTINGS = {
     "actor_rollout_ref.actor.ppo_mini_batch_size": BATCH,
     "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": BATCH // 2,
 }
-TIMEOUT = 420  # seconds for any one of the runs
+TIMEOUT = 600  # seconds for any one of the runs
+pytestmark = pytest.mark.timeout(4 * TIMEOUT)
 
 
 def start(run_dir: Path, cache: Path, *overrides: str) -> subprocess.Popen:

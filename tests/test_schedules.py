@@ -11,9 +11,7 @@ from verl_trb.schedules import annealed_epsilon, piecewise_linear
 
 def test_epsilon_of_the_paper():
     """epsilon_0 in the first step, evenly down, 0 after K steps and ever after."""
-    assert [annealed_epsilon(step, 0.04, 4) for step in range(1, 7)] == pytest.approx(
-        [0.04, 0.03, 0.02, 0.01, 0, 0]
-    )
+    assert [annealed_epsilon(step, 0.04, 4) for step in range(1, 7)] == pytest.approx([0.04, 0.03, 0.02, 0.01, 0, 0])
     assert annealed_epsilon(1, 0.02, 50) == 0.02
     assert annealed_epsilon(26, 0.02, 50) == pytest.approx(0.01)
     assert annealed_epsilon(50, 0.02, 50) == pytest.approx(0.0004)

@@ -247,8 +247,6 @@ def test_a_cache_dir_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> N
 def test_the_real_pair_is_a_good_teacher_and_a_babbling_student(tmp_path: Path) -> None:
     lines: list[str] = []
     prepare("table_walk", tmp_path, lines.append)
-    accuracy = {
-        line.split(":")[0]: float(line.split()[2].rstrip("%")) for line in lines if ": accuracy" in line
-    }
+    accuracy = {line.split(":")[0]: float(line.split()[2].rstrip("%")) for line in lines if ": accuracy" in line}
     assert accuracy["teacher"] >= 90.0
     assert 2.0 <= accuracy["student"] <= 12.0

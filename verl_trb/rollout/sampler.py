@@ -139,9 +139,7 @@ class BehaviorSampler(RejectionSampler):
         epsilon_R = torch.tensor([row.request.epsilon for row in rows if row.request], device=device)
         epsilon_N = epsilon_R.repeat_interleave(num_drafts_R)
 
-        student = [
-            row.student_GV[:n] for row, n in zip(rows, num_drafts, strict=True) if row.student_GV is not None
-        ]
+        student = [row.student_GV[:n] for row, n in zip(rows, num_drafts, strict=True) if row.student_GV is not None]
         student_NV = torch.cat(student)
         logp_student_NV = student_NV[:, : vocabulary.size].log()
         drafts_N, target_N = metadata.draft_token_ids.long(), metadata.target_logits_indices
@@ -151,9 +149,7 @@ class BehaviorSampler(RejectionSampler):
             known_B[index_R] = True
             known_N = known_B.repeat_interleave(drafts_B)
             drafts_N, target_N = drafts_N[known_N], target_N[known_N]
-        logp_teacher_NV = (
-            logp_student_NV  # while the teacher is skipped every ε is 0, and μ is π_S whatever π_T is
-        )
+        logp_teacher_NV = logp_student_NV  # while the teacher is skipped every ε is 0, and μ is π_S whatever π_T is
         if not self.sampling.gate.skipped:
             teacher_NV = logits[target_N][:, : vocabulary.size].float()
             if sampling_metadata.temperature is not None:
@@ -190,9 +186,7 @@ class BehaviorSampler(RejectionSampler):
         token_RG1 = coupled.tokens_BG.clamp(min=0).unsqueeze(-1)
         logp_student_RG = logp_student_RGV.gather(-1, token_RG1).squeeze(-1)
         draft_RG1 = drafts_RG.unsqueeze(-1)
-        log_accept_RG = (log_mu_RGV.gather(-1, draft_RG1) - logp_student_RGV.gather(-1, draft_RG1)).squeeze(
-            -1
-        )
+        log_accept_RG = (log_mu_RGV.gather(-1, draft_RG1) - logp_student_RGV.gather(-1, draft_RG1)).squeeze(-1)
         beta_RG, kl_RG = padded(blended.beta), padded(blended.kl)
         self.sampling.statistics.add(
             tokens=kept_RG,

@@ -55,9 +55,7 @@ class BlendedHttpServer(vLLMHttpServer):
 
     def _validate_configs(self) -> None:
         super()._validate_configs()
-        needed = model_length(
-            self.config.prompt_length, self.config.response_length, self.trb["draft_tokens"]
-        )
+        needed = model_length(self.config.prompt_length, self.config.response_length, self.trb["draft_tokens"])
         if self.config.max_model_len < needed:
             raise ValueError(
                 f"actor_rollout_ref.rollout.max_model_len is {self.config.max_model_len}; it must be at least {needed}"
@@ -66,7 +64,8 @@ class BlendedHttpServer(vLLMHttpServer):
     def _preprocess_engine_kwargs(self, engine_kwargs: dict) -> None:
         super()._preprocess_engine_kwargs(engine_kwargs)
         tensor_parallel = self.config.tensor_model_parallel_size
-        ours = blended_engine_args(self.student.local_path, self.trb["draft_tokens"], tensor_parallel)
+        rows = self.student.hf_config.vocab_size, self.model_config.hf_config.vocab_size
+        ours = blended_engine_args(self.student.local_path, self.trb["draft_tokens"], tensor_parallel, *rows)
         engine_kwargs.update(ours)
 
     def _resolve_sleep_level(self) -> int:
@@ -91,9 +90,8 @@ class BlendedHttpServer(vLLMHttpServer):
         epsilon = float((params.pop("extra_args", None) or {}).get(EPSILON, 0.0))
         params.pop("logprobs", None)
         room = self.config.prompt_length + self.config.response_length - len(prompt_ids)
-        max_tokens = params.pop(
-            "max_tokens", params.pop("max_new_tokens", min(self.config.response_length, room))
-        )
+        asked = params.pop("max_tokens", params.pop("max_new_tokens", self.config.response_length))
+        max_tokens = min(asked, room)
         stop_ids = [self.vocabulary.student_eos]
 
         async def submit(prefix: list[int], request: BlendedRequest, budget: int, round_: int) -> Answer:
@@ -133,7 +131,8 @@ class BlendedHttpServer(vLLMHttpServer):
                 await self.gate.wait_for(lambda: self.in_flight == 0 or not self.teacher_skipped)
             skip = epsilon == 0 and (self.teacher_skipped or self.in_flight == 0)
             if skip != self.teacher_skipped and self.in_flight == 0:
-                await self.engine.reset_prefix_cache()
+                if not await self.engine.reset_prefix_cache():
+                    raise RuntimeError("the rollout engine could not drop its prefix cache although it was idle")
                 await self.engine.collective_rpc(method="skip_teacher", kwargs={"skipped": skip})
                 self.teacher_skipped = skip
             self.in_flight += 1

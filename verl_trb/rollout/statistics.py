@@ -28,6 +28,8 @@ class RolloutStatistics:
         for name, value in values.items():
             if value.numel() == 0:
                 continue
+            if value.is_floating_point():
+                value = value.nan_to_num(0.0)  # the β of policies that have none
             if name in MAXIMA:
                 self.values[name] = torch.maximum(self.values[name], value.max().double())
             else:
@@ -45,9 +47,7 @@ def merge(parts: list[dict[str, float]]) -> dict[str, float]:
     merged: dict[str, float] = {}
     for part in parts:
         for name, value in part.items():
-            merged[name] = (
-                max(merged.get(name, 0.0), value) if name in MAXIMA else merged.get(name, 0.0) + value
-            )
+            merged[name] = max(merged.get(name, 0.0), value) if name in MAXIMA else merged.get(name, 0.0) + value
     return merged
 
 

@@ -10,6 +10,7 @@ import torch
 from verl.workers.rollout.vllm_rollout.utils import monkey_patch_compute_logits, vLLMColocateWorkerExtension
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from verl_trb.rollout.padded_student import fit_rows
 from verl_trb.rollout.request import BlendedRequest
 from verl_trb.rollout.sampler import BehaviorSampler, BlendedSampling, ForcedTokenSampler, Row
 from verl_trb.rollout.statistics import RolloutStatistics
@@ -20,9 +21,7 @@ from verl_trb.vocabulary import SharedVocabulary
 class BlendedWorkerExtension(vLLMColocateWorkerExtension):
     """The methods that our server calls on every vLLM worker through `collective_rpc`."""
 
-    def install_behavior_policy(
-        self, policy: str, policy_params: dict[str, Any], vocabulary: dict[str, Any]
-    ) -> None:
+    def install_behavior_policy(self, policy: str, policy_params: dict[str, Any], vocabulary: dict[str, Any]) -> None:
         """Replace the runner's two samplers. Called once, after vLLM has loaded both models and warmed up."""
         runner = self.model_runner
         shared = SharedVocabulary(**{**vocabulary, "masked": tuple(vocabulary["masked"])})
@@ -102,6 +101,8 @@ class BlendedWorkerExtension(vLLMColocateWorkerExtension):
             repack_tied_head(model)
 
     def _update_weights(self, weights: list[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any) -> None:
+        rows = self._get_draft_model_config().get_vocab_size()
+        weights = [(name, fit_rows(name, tensor, rows)) for name, tensor in weights]
         if self.device.type == "cpu":
             # The layerwise reload keeps tensors until a layer is complete; the transfer buffer is reused before.
             weights = [(name, tensor.clone()) for name, tensor in weights]

@@ -198,9 +198,7 @@ class ToySettings:
     data_seed: int = 0
 
 
-def make_pair(
-    folder: Path, settings: ToySettings, val_prompts: list[str], progress: Progress
-) -> dict[str, float]:
+def make_pair(folder: Path, settings: ToySettings, val_prompts: list[str], progress: Progress) -> dict[str, float]:
     """Trains and saves `folder`/teacher and `folder`/student.
 
     Returns each one's accuracy on `val_prompts`, at temperature 1.

@@ -24,9 +24,7 @@ _AgentLoopWorker: Any = AgentLoopWorkerTQ.__ray_metadata__.modified_class
 class DistillationAgentLoopWorker(_AgentLoopWorker):
     """Any of verl's agent loops, single or multi turn, with ε in the sampling parameters."""
 
-    async def _run_agent_loop(
-        self, sampling_params: dict[str, Any], trajectory: dict[str, Any], **kwargs: Any
-    ) -> Any:
+    async def _run_agent_loop(self, sampling_params: dict[str, Any], trajectory: dict[str, Any], **kwargs: Any) -> Any:
         epsilon = step_epsilon(self.config.trb, trajectory["step"], trajectory["validate"])
         sampling_params = {**sampling_params, "extra_args": {EPSILON: epsilon}}
         return await super()._run_agent_loop(sampling_params, trajectory, **kwargs)

@@ -43,9 +43,7 @@ class Teacher:
         config = AutoConfig.from_pretrained(
             path, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
         )
-        with get_init_weight_context_manager(
-            use_meta_tensor=not config.tie_word_embeddings, mesh=device_mesh
-        )():
+        with get_init_weight_context_manager(use_meta_tensor=not config.tie_word_embeddings, mesh=device_mesh)():
             module = get_hf_auto_model_class(hf_config=config).from_pretrained(
                 path, config=config, torch_dtype=torch_dtype, trust_remote_code=trust_remote_code
             )

@@ -38,9 +38,7 @@ class DistillationTrainer(PPOTrainerSync):
 
     def _build_replay_buffer(self):
         buffer = super()._build_replay_buffer()
-        buffer.poll_interval = (
-            0.05  # seconds; verl's default of 2 is an argument of the class, not of the config
-        )
+        buffer.poll_interval = 0.05  # seconds; verl's default of 2 is an argument of the class, not of the config
         return buffer
 
     def _init_resource_pool_mgr(self) -> None:
@@ -120,9 +118,7 @@ class DistillationTrainer(PPOTrainerSync):
             self._record({**metrics, "timing_s/testing": time.perf_counter() - started}, self.global_steps)
         return metrics
 
-    def _compute_metrics(
-        self, batch: Any, metrics: dict, timing_raw: dict, global_steps: int, epoch: int
-    ) -> None:
+    def _compute_metrics(self, batch: Any, metrics: dict, timing_raw: dict, global_steps: int, epoch: int) -> None:
         super()._compute_metrics(batch, metrics, timing_raw, global_steps, epoch)
         metrics.update(self.pending)
         metrics["trb/epsilon"] = step_epsilon(self.config.trb, global_steps, validate=False)

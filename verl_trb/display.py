@@ -248,9 +248,7 @@ class Display:
 
     def _refresh(self) -> None:
         if self._live is None:
-            self._live = Live(
-                get_renderable=self._render, console=self.console, refresh_per_second=8, transient=True
-            )
+            self._live = Live(get_renderable=self._render, console=self.console, refresh_per_second=8, transient=True)
             self._live.start()
         self._live.refresh()
 

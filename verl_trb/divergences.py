@@ -124,9 +124,7 @@ def token_logp(
         logp_CV = _shared_logp(logits_CV, vocabulary, role)
         token_C1 = tokens_N[rows, None]
         value_C = logp_CV.gather(-1, token_C1).squeeze(-1)
-        return value_C[None], None if upstream_JC is None else _logp_gradient(
-            logp_CV, token_C1, upstream_JC[0]
-        )
+        return value_C[None], None if upstream_JC is None else _logp_gradient(logp_CV, token_C1, upstream_JC[0])
 
     return _from_logits(logits_NV, row_loss, 1, chunk_tokens)[0]
 
@@ -148,9 +146,7 @@ def sampled_advantage(
     return (student_BT - behavior_BT).exp() * (teacher_BT - student_BT)
 
 
-def reverse_kl(
-    logp_student_CV: Tensor, logp_teacher_CV: Tensor, with_grad: bool
-) -> tuple[Tensor, Tensor | None]:
+def reverse_kl(logp_student_CV: Tensor, logp_teacher_CV: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:
     """KL(pi_S || pi_T) per row, and its gradient with respect to the student's logits,
     pi_S (log pi_S - log pi_T - KL)."""
     gap_CV = (logp_student_CV - logp_teacher_CV).masked_fill_(logp_student_CV == -math.inf, 0)
@@ -212,13 +208,9 @@ def _reverse_kl_rows(
         logps = []
         if token_N is not None:
             token_C1 = token_N[rows, None]
-            logps = [
-                logp_CV.gather(-1, token_C1).squeeze(-1) for logp_CV in (logp_student_CV, logp_teacher_CV)
-            ]
+            logps = [logp_CV.gather(-1, token_C1).squeeze(-1) for logp_CV in (logp_student_CV, logp_teacher_CV)]
             if grad_CV is not None and upstream_JC is not None:
-                grad_CV += _scale_rows(
-                    _logp_gradient(logp_student_CV, token_C1, upstream_JC[1]), upstream_JC[1] != 0
-                )
+                grad_CV += _scale_rows(_logp_gradient(logp_student_CV, token_C1, upstream_JC[1]), upstream_JC[1] != 0)
         entropies = [torch.special.entr(x_CV.exp_()).sum(-1) for x_CV in (logp_student_CV, logp_teacher_CV)]
         return torch.stack([loss_C, *logps[:1], kl_C, *entropies, *logps[1:]]), grad_CV
 
@@ -333,9 +325,7 @@ class _Linear(torch.autograd.Function):
         grad_V = torch.zeros_like(bias_V, dtype=sums) if need_bias else None
         for rows in _chunks(hidden_ND.shape[0], ctx.chunk_tokens):
             logits_CV = _logits(hidden_ND[rows], weight_VD, bias_V).div_(ctx.temperature)
-            upstream_JC = (
-                torch.stack([grad_N[rows] for grad_N in grads[: ctx.differentiable]]) / ctx.temperature
-            )
+            upstream_JC = torch.stack([grad_N[rows] for grad_N in grads[: ctx.differentiable]]) / ctx.temperature
             _, grad_CV = ctx.row_loss(logits_CV, rows, upstream_JC)
             if grad_V is not None:
                 grad_V += grad_CV.sum(0)

@@ -76,9 +76,7 @@ def _start_ray(config: DictConfig) -> None:
     runtime_env["env_vars"].update(given.pop("env_vars", {}))
     runtime_env.update(given)
     try:
-        ray.init(
-            log_to_driver=False, runtime_env=runtime_env, **{k: v for k, v in kwargs.items() if v is not None}
-        )
+        ray.init(log_to_driver=False, runtime_env=runtime_env, **{k: v for k, v in kwargs.items() if v is not None})
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"Ray could not be started: {error}") from error
 

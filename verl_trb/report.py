@@ -270,9 +270,7 @@ def _second_axis(panel: Axes, name: str) -> Axes:
     return right
 
 
-def _finish(
-    panel: Axes, runs: Sequence[Metrics], title: str, key: dict[str, Any], warmup_only: bool = False
-) -> None:
+def _finish(panel: Axes, runs: Sequence[Metrics], title: str, key: dict[str, Any], warmup_only: bool = False) -> None:
     """Title, x axis, the ends of the warm-ups, and a key to the kinds of line (the colours are the runs)."""
     panel.set_title(title)
     panel.set_xlabel("step")

@@ -1,8 +1,8 @@
 """The folder of a run: whether a command continues the run in it, has nothing left to do, or must not touch it.
 
-    config.yaml     the resolved configuration       metrics.jsonl   one JSON object a step
-    report.png      the picture                      logs/           what every process printed
-    checkpoints/    verl's, with the optimizer       student/        the trained student, a Hugging Face folder
+config.yaml     the resolved configuration       metrics.jsonl   one JSON object a step
+report.png      the picture                      logs/           what every process printed
+checkpoints/    verl's, with the optimizer       student/        the trained student, a Hugging Face folder
 """
 
 import os

@@ -39,7 +39,5 @@ def annealed_epsilon(step: int, epsilon: float, warmup_steps: int) -> float:
     if not 0.0 <= epsilon < math.inf:
         raise ValueError(f"epsilon must be finite and at least 0 nats per token, but is {epsilon}.")
     if warmup_steps < 1:
-        raise ValueError(
-            f"warmup_steps must be at least 1, but is {warmup_steps}; for no warm-up set epsilon to 0."
-        )
+        raise ValueError(f"warmup_steps must be at least 1, but is {warmup_steps}; for no warm-up set epsilon to 0.")
     return piecewise_linear(step - 1, [(0, epsilon), (warmup_steps, 0.0)])

@@ -43,6 +43,11 @@ def check_sampling(config: DictConfig) -> None:
         raise UserError(
             f"{ROLLOUT}.temperature must be > 0 with do_sample=true: training rollouts are samples of a distribution."
         )
+    if rollout.val_kwargs.temperature <= 0:
+        raise UserError(
+            f"{ROLLOUT}.val_kwargs.temperature must be > 0: the engine samples, it does not decode greedily; 1.0 is "
+            "the paper's setting."
+        )
     for where, settings in ((ROLLOUT, rollout), (f"{ROLLOUT}.val_kwargs", rollout.val_kwargs)):
         neutral: dict[str, tuple[tuple[Any, ...], str]] = {
             "top_p": ((1,), "1"),

@@ -205,9 +205,7 @@ def _inside(guess_N: Tensor, low_5N: Tensor, high_5N: Tensor, second_N: Tensor |
     return torch.where((guess_N > low_N) & (guess_N < high_N), guess_N, other_N)
 
 
-def _epsilon_rows(
-    epsilon: float | Tensor, batch: torch.Size, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def _epsilon_rows(epsilon: float | Tensor, batch: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """epsilon as one number a row, checked."""
     budget = torch.as_tensor(epsilon, dtype=dtype, device=device)
     if budget.dim() > 0 and budget.shape != batch:

@@ -46,9 +46,7 @@ class SharedVocabulary:
         if not all(0 <= token < self.size for token in self.masked):
             raise ValueError(f"masked ids must lie in [0, {self.size}), but are {list(self.masked)[:5]}.")
         if self.student_eos in self.masked:
-            raise ValueError(
-                f"the student's EOS, id {self.student_eos}, must not be masked: no text could end."
-            )
+            raise ValueError(f"the student's EOS, id {self.student_eos}, must not be masked: no text could end.")
         if self.marker not in self.masked:
             raise ValueError(f"the marker, id {self.marker}, must be masked, or a model could emit it.")
         if self.teacher_eos != self.student_eos and self.teacher_eos not in self.masked:
@@ -129,9 +127,7 @@ def from_tokenizers(
     )
 
 
-def choose_marker(
-    student_eos: int, teacher_eos: int, masked: Iterable[int] = (), spare_ids: Iterable[int] = ()
-) -> int:
+def choose_marker(student_eos: int, teacher_eos: int, masked: Iterable[int] = (), spare_ids: Iterable[int] = ()) -> int:
     """An id below the vocabulary size that can be masked in both models without loss.
 
     The teacher's EOS where it duplicates the student's; else an id that is masked anyway; else the first
@@ -159,9 +155,7 @@ def canonicalize(logits: Tensor, vocabulary: SharedVocabulary, role: Role) -> Te
     Raises ValueError if there are fewer logits than shared ids, or for an unknown role.
     """
     if logits.shape[-1] < vocabulary.size:
-        raise ValueError(
-            f"The {role} has {logits.shape[-1]} logits, fewer than {vocabulary.size} shared ids."
-        )
+        raise ValueError(f"The {role} has {logits.shape[-1]} logits, fewer than {vocabulary.size} shared ids.")
     if role not in ("student", "teacher"):
         raise ValueError(f"role must be 'student' or 'teacher', but is {role!r}.")
     logits = logits[..., : vocabulary.size]
@@ -184,9 +178,7 @@ def _masked_ids(vocabulary: SharedVocabulary, device: torch.device) -> Tensor:
 def _check_same(student_ids: Mapping[str, int], teacher_ids: Mapping[str, int]) -> None:
     """ValueError naming the first five tokens, by id, that the maps disagree on."""
     differing = [
-        token
-        for token in student_ids.keys() | teacher_ids.keys()
-        if student_ids.get(token) != teacher_ids.get(token)
+        token for token in student_ids.keys() | teacher_ids.keys() if student_ids.get(token) != teacher_ids.get(token)
     ]
     if differing:
         everywhere = {**teacher_ids, **student_ids}

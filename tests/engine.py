@@ -100,7 +100,8 @@ class BlendedEngine:
     """vLLM's offline engine with the behavior policy installed, driven like the server drives its own."""
 
     def __init__(self, pair: Pair, draft_tokens: int, policy: str = "trb", **overrides: Any) -> None:
-        os.environ.update(ENGINE_ENVIRONMENT)
+        # The id is part of the weight sync's socket name: two test runs on one machine must not share it.
+        os.environ.update({**ENGINE_ENVIRONMENT, "VERL_RAY_JOB_ID": f"test-{os.getpid()}"})
         from verl.workers.rollout.vllm_rollout import utils
         from vllm import LLM
 

@@ -32,6 +32,7 @@ def launch(config: DictConfig, display: Display) -> int:
     """
     run_dir = Path(config.trb.run_dir)
     before = signal.signal(signal.SIGTERM, _interrupt)
+    runner = None
     try:
         compat.assert_platform_registered()
         display.stage("starting Ray")
@@ -41,6 +42,8 @@ def launch(config: DictConfig, display: Display) -> int:
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
         display.warning("interrupted: stopping the workers; the same command resumes from the last checkpoint")
+        if runner is not None:
+            ray.kill(runner)  # first of all: the trainer would go on while the others end
         return 130
     finally:
         _stop_ray(run_dir)

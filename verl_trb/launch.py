@@ -37,7 +37,8 @@ def launch(config: DictConfig, display: Display) -> int:
         compat.assert_platform_registered()
         display.stage("starting Ray")
         _start_ray(config)
-        runner = DistillationTaskRunner.options(max_concurrency=2).remote()
+        actor_class: Any = DistillationTaskRunner
+        runner = actor_class.options(max_concurrency=2).remote()
         return _follow(runner, config, display)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind

@@ -109,7 +109,7 @@ class BlendedWorkerExtension(vLLMColocateWorkerExtension):
         super()._update_weights(weights, *args, **kwargs)
 
 
-def repack_tied_head(model: torch.nn.Module) -> None:
+def repack_tied_head(model: Any) -> None:
     """Pack a tied output layer again after a layerwise reload.
 
     vLLM's reload loads the embedding, whose weight the output layer shares; but on CPU the output layer computes

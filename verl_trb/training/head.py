@@ -68,6 +68,7 @@ class DistillationHead(nn.Linear):
             chunk_tokens=ask.chunk_tokens,
             token_N=ask.label_BT[ask.select_BT],
         )
+        assert losses.logp_student_N is not None and losses.logp_teacher_N is not None  # token_N was given
         columns_NK = torch.stack(
             [
                 losses.loss_N,

@@ -29,7 +29,7 @@ class DistillationTaskRunner:
         config = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
         config.transfer_queue.enable = True
         tq.init(config.transfer_queue)
-        trainer = None
+        trainer: Any = None
         try:
             trainer = DistillationTrainer(config, self._events.append)
             trainer.init()

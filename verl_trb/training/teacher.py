@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig
@@ -61,7 +61,7 @@ class Teacher:
         full_state = module.state_dict()
         apply_fsdp2(module, fsdp_kwargs, engine_config)
         fsdp2_load_full_state_dict(module, full_state, device_mesh, offload_policy)
-        self.module: nn.Module = module
+        self.module: Any = module
 
     @torch.no_grad()
     def hidden_states(self, **model_inputs: Any) -> Tensor:

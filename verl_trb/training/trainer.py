@@ -42,6 +42,7 @@ class DistillationTrainer(PPOTrainerSync):
         return buffer
 
     def _init_resource_pool_mgr(self) -> None:
+        self.role_worker_mapping: dict[Any, Any] = {}
         super()._init_resource_pool_mgr()
         self.role_worker_mapping = {role: ray.remote(DistillationWorker) for role in self.role_worker_mapping}
 

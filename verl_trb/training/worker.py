@@ -67,7 +67,7 @@ class DistillationWorker(ActorRolloutRefWorker):
         """Write the student as a Hugging Face folder (safetensors, tokenizer), in the dtype it came in."""
         engine = self.actor.engine
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_model_state_dict(engine.module, options=options)
+        state: dict[str, Any] = get_model_state_dict(engine.module, options=options)
         if torch.distributed.get_rank() == 0:
             from transformers import AutoModelForCausalLM
 

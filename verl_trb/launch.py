@@ -18,6 +18,7 @@ from verl_trb import compat
 from verl_trb.display import Display
 from verl_trb.errors import UserError
 from verl_trb.rollout.request import ROLLOUT_NAME
+from verl_trb.shared_memory import remove_orphans
 from verl_trb.training.task_runner import DistillationTaskRunner
 
 POLL_SECONDS = 0.25
@@ -32,7 +33,7 @@ def launch(config: DictConfig, display: Display) -> int:
     """
     run_dir = Path(config.trb.run_dir)
     before = signal.signal(signal.SIGTERM, _interrupt)
-    runner = None
+    started, runner = time.time(), None
     try:
         compat.assert_platform_registered()
         display.stage("starting Ray")
@@ -48,6 +49,7 @@ def launch(config: DictConfig, display: Display) -> int:
         return 130
     finally:
         _stop_ray(run_dir)
+        remove_orphans(since=started)
         signal.signal(signal.SIGTERM, before)
 
 

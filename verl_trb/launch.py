@@ -38,6 +38,7 @@ def launch(config: DictConfig, display: Display) -> int:
         compat.assert_platform_registered()
         display.stage("starting Ray")
         _start_ray(config)
+        signal.signal(signal.SIGTERM, _interrupt)  # Ray has put its own handler there
         actor_class: Any = DistillationTaskRunner
         runner = actor_class.options(max_concurrency=2).remote()
         return _follow(runner, config, display)
@@ -49,7 +50,9 @@ def launch(config: DictConfig, display: Display) -> int:
         return 130
     finally:
         _stop_ray(run_dir)
-        remove_orphans(since=started)
+        for _ in range(10):  # the killed processes need a moment to be gone
+            remove_orphans(since=started)
+            time.sleep(0.2)
         signal.signal(signal.SIGTERM, before)
 
 

@@ -18,7 +18,6 @@ import psutil
 import pytest
 
 from verl_trb.report import read_metrics
-from verl_trb.rollout.statistics import COUNTS  # noqa: F401  the module must import without vLLM
 from verl_trb.schedules import annealed_epsilon
 
 STEPS, WARMUP, EPSILON, BATCH = 7, 4, 0.05, 24

@@ -8,6 +8,7 @@ D and E hidden sizes of student and teacher.
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -38,17 +39,21 @@ class TokenLossRequest:
     temperature: float
 
 
-class DistillationHead(nn.Linear):
-    """`lm_head` with the same weight and name: checkpoints and weight syncs see no difference."""
-
-    request: TokenLossRequest | None = None
+class SharedLinear(nn.Linear):
+    """A linear layer that stands in for another and has its parameters."""
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear) -> "DistillationHead":
+    def from_linear(cls, linear: nn.Linear) -> Self:
         """A head that shares `linear`'s parameters (also where they are tied to the embedding)."""
         head = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         head.weight, head.bias = linear.weight, linear.bias
         return head
+
+
+class DistillationHead(SharedLinear):
+    """`lm_head` with the same weight and name: checkpoints and weight syncs see no difference."""
+
+    request: TokenLossRequest | None = None
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         """Logits [B, T, V]; with a request [B, T, len(COLUMNS)] in float32, 0 at tokens not selected."""
@@ -84,10 +89,8 @@ class DistillationHead(nn.Linear):
         return columns_BTK.masked_scatter(ask.select_BT.unsqueeze(-1).expand_as(columns_BTK), columns_NK)
 
 
-class HiddenStatesHead(nn.Linear):
+class HiddenStatesHead(SharedLinear):
     """The teacher's `lm_head`: keeps its weight and passes the hidden states on."""
-
-    from_linear = DistillationHead.__dict__["from_linear"]
 
     def forward(self, hidden_BTE: Tensor) -> Tensor:
         return hidden_BTE

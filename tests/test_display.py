@@ -39,6 +39,15 @@ def lines(file: io.StringIO) -> list[str]:
 # Plain output
 
 
+def test_progress_within_a_stage_is_its_first_and_last_line() -> None:
+    file = io.StringIO()
+    with Display(file) as display:
+        for text in ("teacher: step 20/60", "teacher: step 40/60", "teacher: 95%", "student: step 1", "checking"):
+            display.stage(text)
+    assert lines(file) == ["teacher: step 20/60", "teacher: 95%", "student: step 1", "checking"]
+
+
+
 def test_a_whole_run_as_plain_lines() -> None:
     file = io.StringIO()
     with Display(file, total_steps=4) as display:

@@ -154,7 +154,6 @@ def test_ctrl_c_leaves_nothing_behind(runs):
     assert "resumes from the last checkpoint" in printed(runs["run_dir"])
 
 
-@pytest.mark.xfail(strict=False, reason="orphans are removed at the end of a run; seen to work for normal ends only")
 def test_ctrl_c_leaves_no_shared_memory_behind(runs):
     assert runs["shared_memory"] == set()
 

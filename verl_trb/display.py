@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 ACCENT, LABEL = "cyan", "bright_black"
 MAX_WIDTH = 100  # of panels and stage lines: wider ones read badly
+PLAIN_SECONDS = 10  # between plain lines of one stage
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 
 
@@ -53,6 +54,7 @@ class Display:
         self._seconds: deque[float] = deque(maxlen=10)  # of the last steps, for the time left
         self._blended = False
         self._warned: set[str] = set()
+        self._stamp_text, self._stamp_time = "", 0.0  # of the last stamped line, in plain output
 
     def __enter__(self) -> Self:
         return self
@@ -91,12 +93,23 @@ class Display:
         self.console.print(self._panel(title, rows.items()))
 
     def stage(self, text: str) -> None:
-        """Something long begins, the stage before is over: a spinner, later a check mark and the seconds."""
-        self._end_stage(ok=True)
-        self._stage = (text, time.monotonic())
-        if self.plain:
-            return self._stamped(text)
-        self._refresh()
+        """Something long begins, the stage before is over: a spinner, later a check mark and the seconds.
+
+        A text with the same beginning up to its colon ("teacher: step 20", "teacher: step 40") is how far that
+        stage has come: one line, the last text stays. Plain output has it at most every `PLAIN_SECONDS`.
+        """
+        now, head = time.monotonic(), text.partition(": ")[0]
+        if self._stage and ": " in text and self._stage[0].partition(": ")[0] == head:
+            self._stage = (text, self._stage[1])
+            if self.plain and now - self._stamp_time >= PLAIN_SECONDS:
+                self._stamped(text)
+        else:
+            self._end_stage(ok=True)
+            self._stage = (text, now)
+            if self.plain:
+                self._stamped(text)
+        if not self.plain:
+            self._refresh()
 
     def step(self, metrics: Mapping[str, Any], total_steps: int) -> None:
         """A finished step, or the validation before training as step 0; `metrics` as in metrics.jsonl."""
@@ -243,6 +256,8 @@ class Display:
 
     def _end_stage(self, ok: bool) -> None:
         stage, self._stage = self._stage, None
+        if stage and self.plain and stage[0] != self._stamp_text and ok:
+            self._stamped(stage[0])  # how the stage ended
         if stage and not self.plain:
             self._done(stage[0], time.monotonic() - stage[1], ok)
 
@@ -263,6 +278,7 @@ class Display:
             self._lines([plain])
 
     def _stamped(self, text: str) -> None:
+        self._stamp_text, self._stamp_time = text, time.monotonic()
         minutes, seconds = divmod(int(time.monotonic() - self._born), 60)
         self._lines([f"[{minutes:2}:{seconds:02}] {text}"])
 

@@ -4,12 +4,14 @@ The driver is this process; the trainer is a Ray actor (so it may stand on anoth
 for its events. Everything the workers print goes to log files.
 """
 
+import contextlib
 import shutil
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from omegaconf import DictConfig, OmegaConf, open_dict
 from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
@@ -17,7 +19,6 @@ from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 from verl_trb import compat
 from verl_trb.display import Display
 from verl_trb.errors import UserError
-from verl_trb.rollout.request import ROLLOUT_NAME
 from verl_trb.shared_memory import remove_orphans
 from verl_trb.training.task_runner import DistillationTaskRunner
 
@@ -50,9 +51,7 @@ def launch(config: DictConfig, display: Display) -> int:
         return 130
     finally:
         _stop_ray(run_dir)
-        for _ in range(10):  # the killed processes need a moment to be gone
-            remove_orphans(since=started)
-            time.sleep(0.2)
+        remove_orphans(since=started)
         signal.signal(signal.SIGTERM, before)
 
 
@@ -130,23 +129,26 @@ def _reason(error: ray.exceptions.RayTaskError) -> str:
     return f"{type(cause).__name__}: {lines[-1] if lines else cause}"
 
 
-def _stop_engines() -> None:
-    """Ask the rollout engines to end by themselves; what does not answer is killed with Ray."""
-    try:
-        names = [name for name in ray.util.list_named_actors() if name.startswith(f"{ROLLOUT_NAME}_server_")]
-        ray.wait([ray.get_actor(name).shutdown.remote() for name in names], num_returns=len(names), timeout=20)
-    except (ray.exceptions.RayError, ValueError):
-        pass
-
-
 def _stop_ray(run_dir: Path) -> None:
-    """Shut Ray down and keep its workers' logs in the run's folder."""
+    """Shut Ray down, wait until the processes it had here are gone, and keep their logs in the run's folder."""
     if not ray.is_initialized():
         return
-    logs = Path(ray._private.worker.global_worker.node.get_logs_dir_path())
-    _stop_engines()
+    node, job = ray._private.worker.global_worker.node, ray.get_runtime_context().get_job_id()
+    own, logs = node.is_head(), Path(node.get_logs_dir_path())  # a cluster that stood before keeps its own
+    processes = psutil.Process().children(recursive=True)
     ray.shutdown()
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=10)
     target = run_dir / "logs" / time.strftime("%Y%m%d-%H%M%S")
-    if logs.is_dir():
-        shutil.copytree(logs, target, ignore=shutil.ignore_patterns("old"), dirs_exist_ok=True, symlinks=True)
+    target.mkdir(parents=True, exist_ok=True)
+    for file in logs.glob("*" if own else f"worker-*-{job}-*"):
+        if file.is_file():
+            shutil.copy2(file, target)
+    if own:
         shutil.rmtree(logs.parent, ignore_errors=True)
+        latest = logs.parent.with_name("session_latest")  # a link that may point to what has just gone
+        if latest.is_symlink() and not latest.exists():
+            latest.unlink()

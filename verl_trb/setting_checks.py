@@ -165,7 +165,7 @@ def check_engine_sizes(config: DictConfig) -> None:
     if rollout.max_num_batched_tokens < tokens:
         raise UserError(
             f"{ROLLOUT}.max_num_batched_tokens={rollout.max_num_batched_tokens} must be at least {tokens} "
-            f"(max_num_seqs × (draft tokens + 1)); raise it, or lower {ROLLOUT}.max_num_seqs."
+            f"(max_num_seqs × (draft tokens + 2)); raise it, or lower {ROLLOUT}.max_num_seqs."
         )
 
 

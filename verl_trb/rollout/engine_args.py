@@ -36,8 +36,12 @@ def blended_engine_args(
     }
 
 
-# The acceptance rule hooks into vLLM's V1 model runner; V2 is the default for some models on GPU.
-ENGINE_ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+ENGINE_ENVIRONMENT = {
+    # The acceptance rule hooks into vLLM's V1 model runner; V2 is the default for some models on GPU.
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    # On a CPU vLLM turns "uni" into "mp" unless this is off; the asynchronous engine has its own process either way.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
 
 
 def model_length(prompt_length: int, response_length: int, draft_tokens: int) -> int:

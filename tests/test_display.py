@@ -47,7 +47,6 @@ def test_progress_within_a_stage_is_its_first_and_last_line() -> None:
     assert lines(file) == ["teacher: step 20/60", "teacher: 95%", "student: step 1", "checking"]
 
 
-
 def test_a_whole_run_as_plain_lines() -> None:
     file = io.StringIO()
     with Display(file, total_steps=4) as display:

@@ -394,6 +394,11 @@ def test_environment_decides_the_kv_cache_as_in_vllm(config: DictConfig, monkeyp
     assert preflight.kv_cache_bytes(config) == 3 * 2**30
 
 
+def test_weight_larger_than_the_bucket(config: DictConfig):
+    config.actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes = 0
+    assert "student's embedding" in refuses(preflight.check_weight_bucket, config)
+
+
 def test_stale_ray_session(config: DictConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     record = tmp_path / "ray" / "ray_current_cluster"
     record.parent.mkdir()

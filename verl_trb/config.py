@@ -51,6 +51,7 @@ class TrbConfig:
     loss_chunk_tokens: tokens whose float32 logits exist at one time, >= 1.
     prepare: a task whose models and data are made at first use and cached; null uses what the paths name.
     cache_dir: folder of what `prepare` makes.
+    prefork: start Ray's workers as forks of one process that has imported everything, for recipes on one CPU machine.
     run_dir: folder of this run's results; null is runs/<recipe>[-<policy>].
     recipe: name of the recipe, filled in from the command.
     """
@@ -66,6 +67,7 @@ class TrbConfig:
     loss_chunk_tokens: int = 1024
     prepare: str | None = None
     cache_dir: str = "~/.cache/verl_trb"
+    prefork: bool = False
     run_dir: str | None = None
     recipe: str = ""
 

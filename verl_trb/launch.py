@@ -26,8 +26,10 @@ POLL_SECONDS = 0.25
 SHOWN = ("stage", "step", "warning", "error")  # the others are for the summary
 
 
-def launch(config: DictConfig, display: Display) -> int:
+def launch(config: DictConfig, display: Display, py_executable: str | None = None) -> int:
     """Run a config that `completed` has filled in, to its end.
+
+    py_executable: what Ray starts its workers with (prefork.py), instead of this Python.
 
     Returns:
         0 when training finished, 1 when it failed (the display has said why), 130 after Ctrl-C or SIGTERM.
@@ -38,7 +40,7 @@ def launch(config: DictConfig, display: Display) -> int:
     try:
         compat.assert_platform_registered()
         display.stage("starting Ray")
-        _start_ray(config)
+        _start_ray(config, py_executable)
         signal.signal(signal.SIGTERM, _interrupt)  # Ray has put its own handler there
         actor_class: Any = DistillationTaskRunner
         runner = actor_class.options(max_concurrency=2).remote()
@@ -74,7 +76,7 @@ def _interrupt(*args: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _start_ray(config: DictConfig) -> None:
+def _start_ray(config: DictConfig, py_executable: str | None) -> None:
     if ray.is_initialized():
         return
     kwargs = OmegaConf.to_container(config.ray_kwargs.get("ray_init", {}), resolve=True)
@@ -83,6 +85,8 @@ def _start_ray(config: DictConfig) -> None:
     given = kwargs.pop("runtime_env", None) or {}
     runtime_env["env_vars"].update(given.pop("env_vars", {}))
     runtime_env.update(given)
+    if py_executable is not None:
+        runtime_env["py_executable"] = py_executable
     try:
         ray.init(log_to_driver=False, runtime_env=runtime_env, **{k: v for k, v in kwargs.items() if v is not None})
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -95,7 +99,7 @@ def _follow(runner: Any, config: DictConfig, display: Display) -> int:
     seen = 0
     while True:
         done, _ = ray.wait([running], timeout=POLL_SECONDS)
-        events = ray.get(runner.events.remote(seen)) if not done else _last_events(runner, seen)
+        events = _events(runner, seen)
         for event in events:
             if event["kind"] in SHOWN:
                 display.handle(event)
@@ -107,20 +111,20 @@ def _follow(runner: Any, config: DictConfig, display: Display) -> int:
     except ray.exceptions.RayTaskError as error:
         display.error(f"{_reason(error)} (the workers' output is in {config.trb.run_dir}/logs)")
         return 1
-    except ray.exceptions.RayActorError as error:
-        display.error(f"the trainer process died: {error}")
+    except ray.exceptions.RayError as error:
+        display.error(f"the trainer process died: {_reason(error)} (logs: {config.trb.run_dir}/logs)")
         return 1
     return 0
 
 
-def _last_events(runner: Any, seen: int) -> list[dict[str, Any]]:
+def _events(runner: Any, seen: int) -> list[dict[str, Any]]:
     try:
         return ray.get(runner.events.remote(seen))
     except ray.exceptions.RayError:
         return []
 
 
-def _reason(error: ray.exceptions.RayTaskError) -> str:
+def _reason(error: ray.exceptions.RayError) -> str:
     """The innermost cause in one sentence; the traceback is in the logs."""
     cause: BaseException = error
     while isinstance(cause, ray.exceptions.RayTaskError) and isinstance(cause.cause, BaseException):

@@ -12,6 +12,7 @@ right. Exit code 2 with one line `error: ...` for what the user can mend.
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def run(config: DictConfig) -> int:
         return dry_run.show(config)
 
     from verl_trb.display import Display
+    from verl_trb.prefork import template
     from verl_trb.quiet import quiet
     from verl_trb.run_folder import LOGS, State, open_run
 
@@ -59,8 +61,14 @@ def run(config: DictConfig) -> int:
     preflight.check_run_dir(config)
     new = not Path(config.trb.run_dir).exists()
     logs = Path(config.trb.run_dir) / LOGS
-    with quiet(logs / "driver.log") as screen, Display(screen, config.trainer.total_training_steps or 0) as display:
+    with ExitStack() as stack:
+        screen = stack.enter_context(quiet(logs / "driver.log"))
+        display = stack.enter_context(Display(screen, config.trainer.total_training_steps or 0))
         display.header(header(config))
+        py_executable = None
+        if config.trb.prefork:
+            variables = (config.ray_kwargs.ray_init.get("runtime_env") or {}).get("env_vars") or {}
+            py_executable = stack.enter_context(template(variables, str(logs / "template.log")))
         try:
             if config.trb.prepare:
                 display.stage(f"models and data of {config.trb.prepare}")
@@ -77,7 +85,7 @@ def run(config: DictConfig) -> int:
         state = open_run(config)
         if state is State.FINISHED:
             display.warning("this run is finished; trainer.resume_mode=disable starts it anew")
-        code = 0 if state is State.FINISHED else launch(config, display)
+        code = 0 if state is State.FINISHED else launch(config, display, py_executable)
         results(config, display, finished=code == 0)
         return code
 

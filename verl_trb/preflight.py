@@ -169,9 +169,30 @@ def check_memory(config: DictConfig) -> None:
         )
 
 
+def check_weight_bucket(config: DictConfig) -> None:
+    """The student's largest weight, its embedding, fits into the bucket that carries weights to the engine."""
+    student, actor = models(config)[STUDENT], config.actor_rollout_ref.actor
+    if student is None:
+        return
+    size = student.vocabulary_rows * student.config["hidden_size"]
+    size *= ELEMENT_BYTES.get(actor.fsdp_config.get("model_dtype") or "fp32", 4)
+    key = f"{ROLLOUT}.checkpoint_engine.update_weights_bucket_megabytes"
+    bucket = config.actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes
+    if size > bucket * 2**20:
+        raise UserError(
+            f"{key}={bucket} is too small for the student's embedding, {size / 2**20:.0f} MB; set it to at least "
+            f"{-(-size // 2**20)}."
+        )
+
+
 def check_ray(config: DictConfig) -> None:
     """No dead Ray session in the way, and no other program on a port that was asked for."""
     ray_init = config.ray_kwargs.ray_init
+    if config.trb.prefork and ray_init.get("address") != "local":
+        raise UserError(
+            "trb.prefork=true is for a Ray of its own on this machine; set ray_kwargs.ray_init.address=local, or "
+            "trb.prefork=false."
+        )
     if address := os.environ.get("RAY_ADDRESS"):
         if address not in ("local", "auto") and not _answers(address):
             raise UserError(f"RAY_ADDRESS={address} does not answer; unset it, or start that Ray cluster.")
@@ -207,6 +228,7 @@ CHECKS: tuple[Callable[[DictConfig], None], ...] = (
     check_training_data,
     check_validation_data,
     check_memory,
+    check_weight_bucket,
     check_verl_config,
     check_platform,
 )

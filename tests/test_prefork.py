@@ -1,0 +1,91 @@
+"""Forked workers are what a new interpreter would be, and the template ends with its driver."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from verl_trb.prefork import MODULES, template
+
+WORKER = """
+import json, os, sys
+loaded = sorted({name.split(".")[0] for name in sys.modules} & {"torch", "vllm", "ray", "verl"})
+facts = [__name__, sys.argv[1:], os.environ.get("FLAVOUR"), os.getcwd(), loaded, os.getppid()]
+open(sys.argv[1], "w").write(json.dumps(facts))
+print("printed by the worker")
+"""
+
+
+def start_worker(py_executable: str, folder: Path, result: Path) -> Path:
+    """What Ray does: the command of py_executable, the worker's script and its arguments."""
+    script, output = folder / "worker.py", folder / "output"
+    script.write_text(WORKER)
+    with output.open("w") as file:
+        command = [*shlex.split(py_executable), str(script), str(result), "two words"]
+        environment = {**os.environ, "FLAVOUR": "plain"}
+        subprocess.run(command, stdout=file, stderr=file, cwd=folder, env=environment, check=True, timeout=60)
+    for _ in range(600):
+        if result.exists() and result.read_text().endswith("]"):
+            return output
+        time.sleep(0.1)
+    pytest.fail(f"the worker did not run: {output.read_text()}")
+
+
+@pytest.fixture(scope="module")
+def py_executable(tmp_path_factory: pytest.TempPathFactory):
+    log = tmp_path_factory.mktemp("template") / "log"
+    with template({"OMP_NUM_THREADS": "1"}, str(log)) as command:
+        yield command
+    assert "Traceback" not in log.read_text()
+
+
+def test_a_fork_is_what_a_new_interpreter_would_be(py_executable: str, tmp_path: Path):
+    output = start_worker(py_executable, tmp_path, tmp_path / "result")
+    name, arguments, flavour, folder, loaded, parent = json.loads((tmp_path / "result").read_text())
+    assert (name, arguments, flavour) == ("__main__", [str(tmp_path / "result"), "two words"], "plain")
+    assert folder == str(tmp_path)
+    assert output.read_text() == "printed by the worker\n"
+    assert loaded == ["torch", "vllm"], "Ray and verl read their environment when imported: not in the template"
+    process = psutil.Process(parent)
+    assert "verl_trb.prefork" in process.cmdline()
+    names = {Path(f"/proc/{parent}/task/{thread.id}/comm").read_text().strip() for thread in process.threads()}
+    # Threads do not survive a fork; jemalloc's (pyarrow's) is started again by its own handler.
+    assert names - {"jemalloc_bg_thd"} == {process.name()} and process.num_threads() <= 2
+
+
+def test_without_a_template_the_client_becomes_the_worker(tmp_path: Path):
+    with template({}, str(tmp_path / "log")) as command:
+        pass
+    start_worker(command, tmp_path, tmp_path / "result")
+    assert json.loads((tmp_path / "result").read_text())[4] == []
+
+
+def test_the_template_ends_with_a_killed_driver(tmp_path: Path):
+    driver = """
+import sys, time
+from verl_trb import prefork
+prefork.MODULES = ()
+with prefork.template({}, sys.argv[1]) as command:
+    print(command, flush=True)
+    time.sleep(600)
+"""
+    process = subprocess.Popen([sys.executable, "-c", driver, str(tmp_path / "log")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    (child,) = psutil.Process(process.pid).children()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert psutil.wait_procs([child], timeout=60)[1] == []
+
+
+def test_modules_exist():
+    import importlib.util
+
+    assert [name for name in MODULES if importlib.util.find_spec(name) is None] == []

@@ -1,0 +1,155 @@
+"""Ray workers that start in a moment: forks of one process that has imported torch, transformers and vLLM already.
+
+These imports cost each of a run's dozen processes about ten seconds of CPU, one after the other. On one machine
+without accelerators the driver starts a template process, which does them once; Ray starts its workers
+through `py_executable`, here this file as a tiny client, which hands its command line, environment and standard
+streams to the template. The template forks, and the fork runs Ray's worker script as a fresh interpreter would.
+
+Run as a script it is the client, and imports nothing but the standard library.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+
+SOCKET = "template.sock"
+# What verl and vLLM import, but neither Ray nor verl themselves: they read their environment when imported.
+MODULES = (
+    "torch",
+    "torch._inductor.lowering",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "transformers",
+    "tensordict",
+    "pandas",
+    "datasets",
+    "peft",
+    "scipy.stats",
+    "networkx",
+    "openai.types",
+    "fastapi",
+    "vllm.config",
+    "vllm.model_executor.model_loader",
+    "torchdata",
+)
+
+
+@contextlib.contextmanager
+def template(environment: Mapping[str, str], log: str) -> Iterator[str]:
+    """Starts a template process, and yields the `py_executable` for Ray's runtime environment.
+
+    environment: variables that the workers will have beside this process's; some are read by imports.
+    log: file for what the template itself prints.
+    """
+    with tempfile.TemporaryDirectory(prefix="verl_trb-") as folder:  # for this user only: so is the socket
+        path = os.path.join(folder, SOCKET)
+        with open(log, "ab") as output, socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen(256)  # from now on; who comes before the imports are done waits
+            process = subprocess.Popen(
+                [sys.executable, "-m", "verl_trb.prefork", str(listener.fileno())],
+                pass_fds=[listener.fileno()],
+                env={**os.environ, **environment},
+                stdin=subprocess.PIPE,  # closed when this process ends, however it ends: the template then ends too
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is the driver's business
+            )
+        try:
+            yield f"{sys.executable} -I -S {os.path.abspath(__file__)} {path}"
+        finally:
+            process.kill()
+            process.wait()
+
+
+def serve(listener: socket.socket) -> None:
+    """Imports, then forks a worker for every client until standard input ends."""
+    import gc
+    import importlib
+    import select
+    import signal
+
+    for module in MODULES:
+        importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # or the collector would touch, and so copy, every page in every fork
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
+    while True:
+        ready, _, _ = select.select([listener, sys.stdin], [], [])
+        if sys.stdin in ready:
+            return
+        client, _ = listener.accept()
+        message, streams = _receive(client)
+        if os.fork() == 0:
+            listener.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _become(message, streams)
+        for stream in streams:
+            os.close(stream)
+        client.close()
+
+
+def _become(message: dict, streams: list[int]) -> None:
+    """In the fork: what a new interpreter with this command line would be. Does not return."""
+    import runpy
+    import traceback
+
+    import numpy as np
+
+    code = 1
+    try:
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+            os.close(stream)
+        os.environ.clear()
+        os.environ.update(message["environment"])
+        os.chdir(message["folder"])
+        np.random.seed()  # Python's own generator does this by itself
+        sys.argv = message["command"]
+        sys.path.insert(0, os.path.dirname(sys.argv[0]))
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def _receive(client: socket.socket) -> tuple[dict, list[int]]:
+    """The client's message and its three standard streams."""
+    data, streams, _, _ = socket.recv_fds(client, 1 << 16, 3)
+    while part := client.recv(1 << 16):
+        data += part
+    return json.loads(data), streams
+
+
+def request(path: str, command: list[str]) -> None:
+    """The client: asks the template for a worker; where there is none, becomes the worker itself."""
+    message = {"command": command, "environment": dict(os.environ), "folder": os.getcwd()}
+    try:
+        with socket.socket(socket.AF_UNIX) as server:
+            server.connect(path)
+            data = json.dumps(message).encode()
+            sent = socket.send_fds(server, [data], [0, 1, 2])
+            server.sendall(data[sent:])
+            server.shutdown(socket.SHUT_WR)
+            server.recv(1)  # until the fork stands
+    except OSError:
+        os.execv(sys.executable, [sys.executable, *command])
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2:
+        serve(socket.socket(fileno=int(sys.argv[1])))
+    else:
+        request(sys.argv[1], sys.argv[2:])

@@ -17,11 +17,12 @@ from omegaconf import DictConfig, OmegaConf
 from verl_trb.errors import UserError
 
 CONFIG, METRICS, REPORT, STUDENT, LOGS = "config.yaml", "metrics.jsonl", "report.png", "student", "logs"
+RELATIVES = 3  # more curves are hard to tell apart
 # May differ between a run and its continuation: how long it goes on, how it is shown, where things stand.
 FREE = ("trainer.total_training_steps", "trainer.total_epochs", "trainer.logger", "trainer.save_freq",
         "trainer.test_freq", "trainer.resume_mode", "trainer.max_actor_ckpt_to_keep", "trainer.val_before_train",
-        "ray_kwargs", "dry_run", "trb.cache_dir", "trb.run_dir", "actor_rollout_ref.actor.optim.total_training_steps",
-        "actor_rollout_ref.rollout.custom")  # fmt: skip
+        "ray_kwargs", "dry_run", "trb.cache_dir", "trb.run_dir", "trb.prefork",
+        "actor_rollout_ref.actor.optim.total_training_steps", "actor_rollout_ref.rollout.custom")  # fmt: skip
 
 
 class State(Enum):
@@ -51,7 +52,8 @@ def open_run(config: DictConfig) -> State:
     if config.trainer.resume_mode == "disable" and earlier.exists():
         _move_aside(run_dir)
     state = State.NEW
-    if earlier.exists():
+    # A run that failed before its first step has nothing to continue, and so no settings to keep.
+    if earlier.exists() and ((run_dir / METRICS).exists() or last_checkpoint(run_dir) is not None):
         _refuse_other_settings(run_dir, OmegaConf.load(earlier), config)
         total = config.trainer.total_training_steps
         done = last_checkpoint(run_dir) or 0
@@ -66,10 +68,11 @@ def open_run(config: DictConfig) -> State:
 
 
 def relatives(run_dir: Path) -> list[Path]:
-    """The runs to draw into one picture: this one, then others of its recipe in the same folder."""
+    """The runs to draw into one picture: this one, then the last `RELATIVES` of its recipe in the same folder."""
     recipe = _recipe(run_dir)
-    others = [path.parent for path in sorted(run_dir.parent.glob(f"*/{METRICS}")) if path.parent != run_dir]
-    return [run_dir, *(other for other in others if recipe and _recipe(other) == recipe)]
+    files = sorted(run_dir.parent.glob(f"*/{METRICS}"), key=lambda file: file.stat().st_mtime, reverse=True)
+    others = [file.parent for file in files if file.parent != run_dir]
+    return [run_dir, *[other for other in others if recipe and _recipe(other) == recipe][:RELATIVES]]
 
 
 def _recipe(run_dir: Path) -> str | None:

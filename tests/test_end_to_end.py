@@ -237,3 +237,18 @@ def test_other_losses_train(tmp_path, cache, loss):
     metrics = read_metrics(run_dir)
     assert metrics[-1]["trb/reverse_kl"] < metrics[1]["trb/reverse_kl"]
     shutil.rmtree(run_dir)
+
+
+@pytest.mark.slow
+def test_real_model_distills(tmp_path, cache):
+    """A real tokenizer, chat template and EOS; V = 49,152."""
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-m", "verl_trb.main", "recipe=smollm2_pruned", f"trb.run_dir={run_dir}"]
+    done = subprocess.run([*command, f"trb.cache_dir={cache}"], capture_output=True, text=True, timeout=2 * TIMEOUT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = read_metrics(run_dir)[1:]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5]
+    assert steps[-1]["trb/reverse_kl"] < 0.8 * steps[0]["trb/reverse_kl"]
+    for line in steps:
+        assert line["trb/log_ratio_trainer"] == pytest.approx(line["trb/log_ratio"], abs=1e-3)
+        assert line["trb/kl/max"] <= line["trb/epsilon"] * (1 + 1e-5)

@@ -118,7 +118,7 @@ def _check_weights(distill: Any, reward: Any, sft_steps: int) -> None:
         if value_at(reward, step) > 0:
             raise ConfigError(
                 f"trb.reward_weight is {value_at(reward, step):g} at step {step}, but the first trb.sft_steps="
-                f"{sft_steps} steps have the teacher's rollouts, no use to the student's policy gradient; let it rise later."
+                f"{sft_steps} steps are supervised fine-tuning on the teacher's rollouts; let it rise later."
             )
 
 

@@ -58,15 +58,11 @@ def test_single_samples_need_no_teacher_once_their_weight_is_0():
 
 def test_description():
     assert describe_objective(trb()) == "reverse KL, full"
-    settings = trb(
-        divergence="jsd",
-        divergence_params={"beta": [[1, 0.9], [9, 0.1]]},
-        sft_steps=3,
-        reward_weight=[[4, 0], [9, 0.5]],
-    )
-    assert describe_objective(settings) == (
-        "cross-entropy for 3 steps, then jsd, beta = 0.9 at step 1 → 0.1 at step 9, full; weight 1; reward weight 0 at step 4 → 0.5 at step 9"
-    )
+    settings = trb(divergence="jsd", divergence_params={"beta": [[1, 0.9], [9, 0.1]]}, sft_steps=3)
+    first = "cross-entropy for 3 steps, then jsd, beta = 0.9 at step 1 → 0.1 at step 9, full"
+    assert describe_objective(settings) == first
+    mixed = trb(reward_weight=[[4, 0], [9, 0.5]])
+    assert describe_objective(mixed) == "reverse KL, full; weight 1; reward weight 0 at step 4 → 0.5 at step 9"
 
 
 @pytest.mark.parametrize(

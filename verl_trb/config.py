@@ -174,4 +174,7 @@ def _one_of(key: str, value: str, allowed: Iterable[str]) -> None:
 
 
 # base.yaml starts `trb` from this schema, so Hydra checks every value that is merged into it.
-ConfigStore.instance().store(group="trb", name="schema", node=TrbConfig, package="trb", provider="verl_trb")
+SCHEMA = OmegaConf.structured(TrbConfig)
+for _name in ("policy_params", "divergence_params"):
+    OmegaConf.set_struct(SCHEMA[_name], False)  # a command may name any parameter; the policy or loss knows which exist
+ConfigStore.instance().store(group="trb", name="schema", node=SCHEMA, package="trb", provider="verl_trb")

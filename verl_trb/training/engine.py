@@ -31,6 +31,7 @@ class DistillationEngine(FSDPEngineWithLMHead):
     """The student's engine. For batches without an objective that distills it is verl's own."""
 
     teacher: Teacher | None = None
+    engine_config: Any  # set by verl
 
     def _build_module(self) -> torch.nn.Module:
         module = super()._build_module()
@@ -42,7 +43,8 @@ class DistillationEngine(FSDPEngineWithLMHead):
         if get_device_name() != "cpu" or not self.engine_config.forward_only:
             return super()._build_fsdp_module(module)
         # A reference model. verl would offload it to pinned memory, which needs an accelerator.
-        config, self.engine_config = self.engine_config, dataclasses.replace(self.engine_config, forward_only=False)
+        config: Any = self.engine_config
+        self.engine_config = dataclasses.replace(config, forward_only=False)
         try:
             return super()._build_fsdp_module(module)
         finally:

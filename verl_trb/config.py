@@ -49,6 +49,7 @@ class TrbConfig:
     loss: reverse KL over the `full` vocabulary, on the student's `topk`, or of the `sampled` token.
     topk: k >= 1 of the top-k loss.
     loss_chunk_tokens: tokens whose float32 logits exist at one time, >= 1.
+    seed: of data order, rollouts and of what `prepare` makes, >= 0.
     prepare: a task whose models and data are made at first use and cached; null uses what the paths name.
     cache_dir: folder of what `prepare` makes.
     prefork: start Ray's workers as forks of one process that has imported everything, for recipes on one CPU machine.
@@ -65,6 +66,7 @@ class TrbConfig:
     loss: str = "full"
     topk: int = 16
     loss_chunk_tokens: int = 1024
+    seed: int = 0
     prepare: str | None = None
     cache_dir: str = "~/.cache/verl_trb"
     prefork: bool = False
@@ -74,6 +76,8 @@ class TrbConfig:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.epsilon) and self.epsilon >= 0):
             raise ConfigError(f"trb.epsilon must be a finite number >= 0 (nats per token), got {self.epsilon}.")
+        if self.seed < 0:
+            raise ConfigError(f"trb.seed must be >= 0, got {self.seed}.")
         at_least_one = {
             "warmup_steps": "steps until rollouts are the student's own; trb.epsilon=0 gives none at all",
             "draft_tokens": "tokens drafted before the teacher reads them",

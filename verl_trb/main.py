@@ -111,7 +111,7 @@ def prepare(config: DictConfig, progress: Callable[[str], None]) -> None:
     from verl_trb.tasks.prepare import prepare as prepare_task
 
     try:
-        made = prepare_task(config.trb.prepare, config.trb.cache_dir, progress)
+        made = prepare_task(config.trb.prepare, config.trb.cache_dir, progress, seed=config.trb.seed)
     except (ValueError, RuntimeError) as error:
         raise UserError(str(error)) from error
     with open_dict(config):

@@ -82,8 +82,8 @@ def prepare(
     """The models and data of task `name`, made under `cache_dir` if they are not there yet.
 
     `progress` receives short lines while something is made. `seed` varies the data and the student. `settings`
-    replaces the task's own (a dataclass of the task's module). Both are part of the folder's name. Raises ValueError for an unknown name, a
-    `cache_dir` that cannot be written, or a missing package that the task needs.
+    replaces the task's own (a dataclass of the task's module). Both are part of the folder's name. Raises
+    ValueError for an unknown name, a `cache_dir` that cannot be written, or a missing package that the task needs.
     """
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=3, cutoff=0.4) or sorted(TASKS)

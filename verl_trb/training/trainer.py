@@ -16,9 +16,9 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.workers.utils.padding import response_from_nested, response_to_nested
 
 import verl_trb.rollout.server  # noqa: F401  registers the rollout engine with verl in this process
+from verl_trb.guidance import guidance_metrics
 from verl_trb.rollout.statistics import merge, rollout_metrics
 from verl_trb.training.advantage import NAME as ADVANTAGE
-from verl_trb.training.agent_loop import step_epsilon
 from verl_trb.training.engine import TOKEN_LOSSES
 from verl_trb.training.worker import DistillationWorker
 
@@ -122,7 +122,7 @@ class DistillationTrainer(PPOTrainerSync):
     def _compute_metrics(self, batch: Any, metrics: dict, timing_raw: dict, global_steps: int, epoch: int) -> None:
         super()._compute_metrics(batch, metrics, timing_raw, global_steps, epoch)
         metrics.update(self.pending)
-        metrics["trb/epsilon"] = step_epsilon(self.config.trb, global_steps, validate=False)
+        metrics.update(guidance_metrics(self.config.trb, global_steps))
         metrics["reward/mean"] = metrics["critic/score/mean"]
         self._record(metrics, global_steps)
 

@@ -127,8 +127,9 @@ def from_log_mu(log_mu_NV: Tensor, logp_student_NV: Tensor, beta: float = math.n
     beta: the teacher's weight, NaN for policies that have none.
     """
     log_mu_NV, logp_NV = _at_least_float32(log_mu_NV, logp_student_NV)
-    gap_NV = (log_mu_NV - logp_NV).masked_fill_(log_mu_NV == -math.inf, 0)
-    kl_N = (log_mu_NV.exp() * gap_NV).sum(-1).clamp_min(0)
+    mu_NV = log_mu_NV.exp()
+    gap_NV = (log_mu_NV - logp_NV).masked_fill_(mu_NV == 0, 0)
+    kl_N = (mu_NV * gap_NV).sum(-1).clamp_min(0)
     return Blend(log_mu_NV, torch.full_like(kl_N, beta), kl_N)
 
 

@@ -39,6 +39,7 @@ def test_defaults_are_the_dataclass():
         ("epsilon", "large", "trb.epsilon: Value 'large'"),
         ("warmup_steps", 0, "trb.warmup_steps must be >= 1"),
         ("warmup_steps", 2.5, "trb.warmup_steps: Value '2.5'"),
+        ("guided_steps", 0, "trb.guided_steps must be >= 1"),
         ("draft_tokens", 0, "trb.draft_tokens must be >= 1"),
         ("topk", -1, "trb.topk must be >= 1"),
         ("loss_chunk_tokens", 0, "trb.loss_chunk_tokens must be >= 1"),
@@ -138,6 +139,16 @@ def test_run_dir_names_a_changed_policy(tmp_path: Path, monkeypatch: pytest.Monk
     for policy, name in (("student", "quickstart-student"), ("trb", "quickstart")):
         (config,) = compose("recipe=quickstart", f"trb.policy={policy}")
         assert config.trb.run_dir == str(tmp_path / "runs" / name)
+
+
+def test_run_dir_names_the_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    configs = compose("-m", "recipe=quickstart", "method=teacher,vanilla", "trb.draft_tokens=1,2")
+    assert [Path(config.trb.run_dir).name for config in configs] == [
+        f"quickstart-{method}-trb.draft_tokens={drafts}" for method in ("teacher", "vanilla") for drafts in (1, 2)
+    ]
+    (config,) = compose("recipe=quickstart", "method=skd", "trb.policy=teacher")
+    assert Path(config.trb.run_dir).name == "quickstart-skd-teacher"
 
 
 def test_sweep_gives_each_run_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -9,7 +9,7 @@ import oracles
 import pytest
 import torch
 
-from verl_trb.coupling import couple
+from verl_trb.coupling import couple, mark_corrections
 from verl_trb.trust_region import blend
 
 ALPHA = 1e-4  # a correct coupling fails each chi-square test with this probability; the seeds are fixed
@@ -220,3 +220,11 @@ def test_shapes_that_do_not_fit_are_refused():
     ):
         with pytest.raises(ValueError, match="must"):
             couple(*wrong)
+
+
+def test_the_mark_of_a_correction_is_its_sign():
+    logp = torch.tensor([-0.5, -2.0, 0.0, 0.0, 1e-8, 1e-8, -90.0])
+    corrected = torch.tensor([True, False, True, False, True, False, True])
+    marked = mark_corrections(logp, corrected)
+    assert torch.equal(marked > 0, corrected)
+    torch.testing.assert_close(-marked.abs(), logp.clamp(max=0), rtol=0, atol=1e-30)

@@ -1,7 +1,7 @@
 """Every rollout policy in the real engine: its tokens follow its μ, by float64 Hugging Face models.
 
 One engine, one seed; the policies take turns. Each must pass at ALPHA for its μ and fail below POWER for π_S, which
-shows that the test could fail. 9 policies × 2 tests of μ: a correct engine fails one with probability 2e-5 (Bonferroni).
+shows that the test could fail. 9 policies × 3 p-values: a correct engine fails one with probability 3e-5 (Bonferroni).
 """
 
 from __future__ import annotations
@@ -119,7 +119,9 @@ def test_rollouts(blended: BlendedEngine, name: str) -> None:
     kl_N = (log_mu_NV.exp() * (log_mu_NV - visited.student_NV).masked_fill(log_mu_NV == -math.inf, 0)).sum(-1)
     tokens = run.statistics["tokens"]
     assert tokens == len(log_ratio_N)
-    assert run.statistics["log_ratio"] / tokens == pytest.approx(float(log_ratio_N.mean()), abs=1e-4 + 1e-3 * (name != "student"))
+    assert run.statistics["log_ratio"] / tokens == pytest.approx(
+        float(log_ratio_N.mean()), abs=1e-4 + 1e-3 * (name != "student")
+    )
     assert run.statistics["kl"] / tokens == pytest.approx(float(kl_N.mean()), rel=2e-3, abs=1e-6)
     # A martingale: log-ratio minus its mean given the prefix; beyond 5 standard errors with probability 6e-7.
     excess_N = log_ratio_N - kl_N

@@ -46,7 +46,12 @@ def test_the_student_is_never_guided():
 
 @pytest.mark.parametrize(
     ("policy", "params"),
-    [("trb", {"epsilon": 0}), ("fixed_beta", {"beta": 0}), ("teacher_mix", {"alpha": 0}), ("temperature", {"temperature": 1})],
+    [
+        ("trb", {"epsilon": 0}),
+        ("fixed_beta", {"beta": 0}),
+        ("teacher_mix", {"alpha": 0}),
+        ("temperature", {"temperature": 1}),
+    ],
 )
 def test_a_value_that_means_the_student_guides_nothing(policy: str, params: dict[str, float]):
     assert guidance(settings(policy=policy, policy_params=params), 1) is None
@@ -70,7 +75,9 @@ def test_a_schedule_is_a_line_through_its_points():
     """The paper's temperature warm-up: τ₀ to 1, the last step below 1 is step 4."""
     trb = settings(policy="temperature", policy_params={"temperature": [[1, 0.8], [5, 1.0]]})
     values = over_steps(trb, 6)
-    assert [value and value["temperature"] for value in values] == [pytest.approx(x) for x in (0.8, 0.85, 0.9, 0.95)] + [
+    assert [value and value["temperature"] for value in values] == [
+        pytest.approx(x) for x in (0.8, 0.85, 0.9, 0.95)
+    ] + [
         None,
         None,
     ]
@@ -146,7 +153,12 @@ def test_parameters_that_are_refused(policy: str, params: dict[str, Any], says: 
 
 @pytest.mark.parametrize(
     ("policy", "params"),
-    [("skd", {"k": 1, "temperature": 0.01}), ("teacher_mix", {"alpha": [[3, 0.5]]}), ("fixed_beta", {"beta": 1}), ("trb", {})],
+    [
+        ("skd", {"k": 1, "temperature": 0.01}),
+        ("teacher_mix", {"alpha": [[3, 0.5]]}),
+        ("fixed_beta", {"beta": 1}),
+        ("trb", {}),
+    ],
 )
 def test_parameters_at_the_edge_are_taken(policy: str, params: dict[str, Any]):
     check_guidance(settings(policy=policy, policy_params=params))

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from verl_trb import policies
-from verl_trb.policies import Parameter, from_log_mu, get_policy, policy_names, register_policy
-from verl_trb.rollout.sampler import guided, mark
+from verl_trb.policies import Parameter, from_log_mu, get_policy, guided, policy_names, register_policy
 from verl_trb.trust_region import blend
 
 INF = math.inf
@@ -222,14 +221,6 @@ def test_a_skipped_teacher_is_not_invented():
     assert torch.equal(alone.log_mu, get_policy("temperature")(student_NV, teacher_NV, **values).log_mu)
 
 
-def test_the_mark_of_a_correction_is_its_sign():
-    logp = torch.tensor([-0.5, -2.0, 0.0, 0.0, 1e-8, 1e-8, -90.0])
-    corrected = torch.tensor([True, False, True, False, True, False, True])
-    marked = mark(logp, corrected)
-    assert torch.equal(marked > 0, corrected)
-    torch.testing.assert_close(-marked.abs(), logp.clamp(max=0), rtol=0, atol=1e-30)
-
-
 # ------------------------------------------------------------------------------------------ registry
 
 
@@ -262,7 +253,11 @@ def test_a_policy_in_ten_lines(registry):
         return from_log_mu(log_mu_NV, logp_student_NV)
 
     policy = get_policy("toward_uniform")
-    assert (list(policy.parameters), policy.defaults, policy.needs_teacher) == (["share", "floor"], {"floor": 0.0}, False)
+    assert (list(policy.parameters), policy.defaults, policy.needs_teacher) == (
+        ["share", "floor"],
+        {"floor": 0.0},
+        False,
+    )
     assert policy.parameters == {"share": Parameter(0, 1), "floor": Parameter()}
     logp_student, logp_teacher = pair()
     result = policy(logp_student, logp_teacher, share=0.5)

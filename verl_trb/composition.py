@@ -122,7 +122,7 @@ def _choices(group: str, name: str = "") -> str:
 
 
 def _run_name(recipe: str, method: str, policy: str, overrides: list[str], mode: RunMode | None) -> str:
-    """recipe, -method if one was chosen, -policy if the command changed it, and in a sweep what distinguishes the run."""
+    """recipe, -method if one was chosen, -policy if the command changed it, and in a sweep what tells runs apart."""
     name = recipe.replace("/", "_")
     if method:
         name += f"-{method.replace('/', '_')}"

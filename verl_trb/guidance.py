@@ -6,7 +6,6 @@ Pure functions of the `trb` settings and the global step, so that resuming a run
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -98,7 +97,7 @@ def describe(trb: Any) -> str:
 
 def _given(trb: Any) -> dict[str, Any]:
     params = trb.policy_params
-    return OmegaConf.to_container(params, resolve=True) if OmegaConf.is_config(params) else dict(params)  # type: ignore
+    return OmegaConf.to_container(params, resolve=True) if OmegaConf.is_config(params) else dict(params)
 
 
 def _unknown(policy: Policy, name: str) -> str:

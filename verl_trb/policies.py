@@ -17,7 +17,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -131,6 +131,39 @@ def from_log_mu(log_mu_NV: Tensor, logp_student_NV: Tensor, beta: float = math.n
     gap_NV = (log_mu_NV - logp_NV).masked_fill_(mu_NV == 0, 0)
     kl_N = (mu_NV * gap_NV).sum(-1).clamp_min(0)
     return Blend(log_mu_NV, torch.full_like(kl_N, beta), kl_N)
+
+
+def guided(
+    policy: Policy,
+    params_N: Sequence[dict[str, float] | None],
+    logp_student_NV: Tensor,
+    logp_teacher_NV: Tensor | None,
+) -> Blend:
+    """mu at every position: the policy's where there are parameters, elsewhere pi_S, bitwise, with beta = KL = 0.
+
+    The policy is called once for each set of values that occurs; nearly always that is one for the whole batch.
+    logp_teacher_NV: None while the teacher is skipped. Raises RuntimeError if a guided position needs it then.
+    """
+    groups: dict[tuple[tuple[str, float], ...], list[int]] = {}
+    for n, params in enumerate(params_N):
+        if params is not None:
+            groups.setdefault(tuple(params.items()), []).append(n)
+    if not groups:
+        zero_N = torch.zeros_like(logp_student_NV[:, 0])
+        return Blend(logp_student_NV, zero_N, zero_N)
+    if logp_teacher_NV is None:
+        if policy.needs_teacher:
+            raise RuntimeError(f"a request guided by {policy.name!r} reached the engine while the teacher was skipped")
+        logp_teacher_NV = logp_student_NV
+    if len(groups) == 1 and len(params_N) == sum(map(len, groups.values())):
+        (values,) = groups
+        return policy(logp_student_NV, logp_teacher_NV, **dict(values))
+    log_mu_NV = logp_student_NV.clone()
+    beta_N, kl_N = torch.zeros_like(log_mu_NV[:, 0]), torch.zeros_like(log_mu_NV[:, 0])
+    for values, rows in groups.items():
+        blended = policy(logp_student_NV[rows], logp_teacher_NV[rows], **dict(values))
+        log_mu_NV[rows], beta_N[rows], kl_N[rows] = blended
+    return Blend(log_mu_NV, beta_N, kl_N)
 
 
 # ------------------------------------------------------------------------------------------ the policies

@@ -15,7 +15,7 @@ Shapes: B requests of the batch, R of them with drafts, G drafts a block (γ), N
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,14 +26,12 @@ from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID, RejectionSamp
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from verl_trb.coupling import couple
-from verl_trb.policies import Policy
+from verl_trb.coupling import couple, mark_corrections
+from verl_trb.policies import Policy, guided
 from verl_trb.rollout.request import BlendedRequest
 from verl_trb.rollout.statistics import RolloutStatistics
 from verl_trb.rollout.teacher_gate import TeacherGate
-from verl_trb.trust_region import Blend
 from verl_trb.vocabulary import SharedVocabulary, canonicalize
-
 
 # The logarithm of the smallest float32, which stands in the statistics for probabilities that underflowed to 0.
 LOG_LEAST = math.log(2.0**-149)
@@ -164,7 +162,8 @@ class BehaviorSampler(RejectionSampler):
                 teacher_NV = teacher_NV / temperature_R.repeat_interleave(num_drafts_R).unsqueeze(1)
             logp_teacher_NV = canonicalize(teacher_NV, vocabulary, role="teacher").log_softmax(-1)
 
-        params_N = [row.request and row.request.params for row, n in zip(rows, num_drafts, strict=True) for _ in range(n)]
+        params_R = [row.request.params if row.request else None for row in rows]
+        params_N = [params for params, n in zip(params_R, num_drafts, strict=True) for _ in range(n)]
         blended = guided(self.sampling.policy, params_N, logp_student_NV, logp_teacher_NV)
 
         # Padded [R, G] view of the ragged rows; usually every block is full and nothing is copied.
@@ -210,47 +209,5 @@ class BehaviorSampler(RejectionSampler):
         )
         logp_RG = coupled.logp_BG
         if self.sampling.policy.marks_corrections:
-            logp_RG = mark(logp_RG, corrected_RG=emitted_RG & ~coupled.accepted_BG)
+            logp_RG = mark_corrections(logp_RG, emitted_RG & ~coupled.accepted_BG)
         return coupled.tokens_BG.where(kept_RG, PLACEHOLDER_TOKEN_ID), logp_RG.where(kept_RG, 0.0)
-
-
-def mark(logp: torch.Tensor, corrected_RG: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities with the sign turned where `corrected_RG`: > 0 there, <= 0 elsewhere."""
-    logp = logp.clamp(max=0)  # rounding can leave a log-probability slightly above 0
-    return torch.where(corrected_RG, (-logp).clamp(min=torch.finfo(logp.dtype).tiny), logp)
-
-
-def guided(
-    policy: Policy,
-    params_N: Sequence[dict[str, float] | None],
-    logp_student_NV: torch.Tensor,
-    logp_teacher_NV: torch.Tensor | None,
-) -> Blend:
-    """μ at every position: the policy's where there are parameters, elsewhere π_S, bitwise, with β = KL = 0.
-
-    The policy is called once for each set of values that occurs; nearly always that is one for the whole batch.
-    logp_teacher_NV: None while the teacher is skipped.
-
-    Raises:
-        RuntimeError: when a guided position needs the teacher and it was skipped.
-    """
-    groups: dict[tuple[tuple[str, float], ...], list[int]] = {}
-    for n, params in enumerate(params_N):
-        if params is not None:
-            groups.setdefault(tuple(params.items()), []).append(n)
-    if not groups:
-        zero_N = torch.zeros_like(logp_student_NV[:, 0])
-        return Blend(logp_student_NV, zero_N, zero_N)
-    if logp_teacher_NV is None:
-        if policy.needs_teacher:
-            raise RuntimeError(f"a request guided by {policy.name!r} reached the engine while the teacher was skipped")
-        logp_teacher_NV = logp_student_NV
-    if len(groups) == 1 and len(params_N) == sum(map(len, groups.values())):
-        (values,) = groups
-        return policy(logp_student_NV, logp_teacher_NV, **dict(values))
-    log_mu_NV = logp_student_NV.clone()
-    beta_N, kl_N = torch.zeros_like(log_mu_NV[:, 0]), torch.zeros_like(log_mu_NV[:, 0])
-    for values, rows in groups.items():
-        blended = policy(logp_student_NV[rows], logp_teacher_NV[rows], **dict(values))
-        log_mu_NV[rows], beta_N[rows], kl_N[rows] = blended
-    return Blend(log_mu_NV, beta_N, kl_N)

@@ -203,3 +203,11 @@ def test_refused_before_anything_heavy_is_imported(tmp_path: Path):
     assert (done.returncode, done.stdout.strip()) == (2, "")
     assert done.stderr == "error: trb.epsilon must be a finite number >= 0 (nats per token), got -1.0.\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_policy_file_of_one_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its path is whole, because workers may stand elsewhere; the run is named by the policy."""
+    monkeypatch.chdir(tmp_path)
+    (config,) = compose("recipe=quickstart", "trb.policy=mine.py:either")
+    assert config.trb.policy == f"{tmp_path}/mine.py:either"
+    assert Path(config.trb.run_dir).name == "quickstart-either"

@@ -88,6 +88,18 @@ def test_restarted_blocks_make_an_exact_chain():
     assert oracles.chi_square(seen, joint(logp_student)) < 1e-12
 
 
+def test_tokens_that_the_student_never_drafts_come_as_corrections():
+    """A policy may leave the student's support (the teacher's rollouts do): pi_S = 0 at half of mu's mass."""
+    student = torch.tensor([0.6, 0.3, 0.1, 0.0, 0.0, 0.0]).log()
+    mu = torch.tensor([0.1, 0.3, 0.1, 0.3, 0.2, 0.0]).log()
+    _, out = roll(60_000, 2, student.expand(V, V), mu.expand(V, V), seed=4)
+    for position in range(2):
+        seen = out.tokens_BG[out.num_tokens_B > position, position]
+        assert oracles.chi_square(counts(seen), oracles.probabilities(mu)) > ALPHA
+        assert not out.accepted_BG[out.tokens_BG[:, position] >= 3, position].any()
+    assert torch.equal(out.logp_BG[:, 0], mu[out.tokens_BG[:, 0]])
+
+
 def test_acceptance_is_one_minus_total_variation():
     """Within 4 standard errors (a correct coupling fails with probability 6e-5)."""
     logp_student, log_mu = walk(epsilon=0.3)

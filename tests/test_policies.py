@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import oracles
@@ -245,27 +247,43 @@ def test_trb_is_the_trust_region(name: str):
         assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
-def test_a_policy_in_ten_lines(registry):
-    @register_policy("toward_uniform", needs_teacher=False, share=Parameter(0, 1))
-    def toward_uniform(logp_student_NV, logp_teacher_NV, *, share, floor=0.0):
-        uniform = math.log(share / logp_student_NV.shape[-1] + floor)
-        log_mu_NV = torch.logaddexp(logp_student_NV + math.log(1 - share), torch.tensor(uniform))
-        return from_log_mu(log_mu_NV, logp_student_NV)
-
-    policy = get_policy("toward_uniform")
-    assert (list(policy.parameters), policy.defaults, policy.needs_teacher) == (
-        ["share", "floor"],
-        {"floor": 0.0},
-        False,
-    )
-    assert policy.parameters == {"share": Parameter(0, 1), "floor": Parameter()}
+def test_the_readme_s_policy(registry, tmp_path: Path):
+    """In a file of one's own, which is run once."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    (tmp_path / "mine.py").write_text(code)
+    policy = get_policy(f"{tmp_path}/mine.py:either")
+    assert policy is get_policy(f"{tmp_path}/mine.py:either") is get_policy("either")
+    assert (policy.parameters, policy.defaults) == ({"weight": Parameter(0, 1, above=True)}, {"weight": 1.0})
     logp_student, logp_teacher = pair()
-    result = policy(logp_student, logp_teacher, share=0.5)
-    torch.testing.assert_close(result.log_mu.exp(), logp_student.exp() / 2 + 0.5 / 20)
+    result = policy(logp_student, logp_teacher, weight=0.5)
+    larger = torch.maximum(logp_student.exp(), logp_teacher.exp() / 2)
+    torch.testing.assert_close(result.log_mu.exp(), larger / larger.sum(-1, keepdim=True))
     assert result.beta.isnan().all()
     for i in range(6):
         expected = oracles.kl(oracles.probabilities(result.log_mu[i]), oracles.probabilities(logp_student[i]))
         assert float(result.kl[i]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_parameters_are_the_keyword_only_arguments(registry):
+    @register_policy("mine", needs_teacher=False, b=Parameter(0, 1))
+    def mine(logp_student_NV, logp_teacher_NV, *, a, b, c=0.5):
+        raise NotImplementedError
+
+    policy = get_policy("mine")
+    assert policy.parameters == {"a": Parameter(), "b": Parameter(0, 1), "c": Parameter()}
+    assert (policy.defaults, policy.needs_teacher, policy.warmup) == ({"c": 0.5}, False, False)
+
+
+def test_files_that_cannot_be_run_or_lack_the_policy(registry, tmp_path: Path):
+    with pytest.raises(ValueError, match="nowhere.py cannot be run: FileNotFoundError"):
+        get_policy(f"{tmp_path}/nowhere.py:mine")
+    (tmp_path / "broken.py").write_text("import math\nmath.sqrt(-1)\n")
+    with pytest.raises(ValueError, match="broken.py cannot be run: ValueError: math domain error"):
+        get_policy(f"{tmp_path}/broken.py:mine")
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(ValueError, match="There is no rollout policy 'teecher'; did you mean 'teacher'"):
+        get_policy(f"{tmp_path}/empty.py:teecher")
 
 
 def test_from_log_mu_with_missing_tokens():

@@ -82,7 +82,8 @@ def complete(config: DictConfig) -> None:
     with open_dict(config):
         config.trb.recipe = recipe
         config.trb.method = method = hydra_config.runtime.choices[METHOD] or ""
-        run_dir = trb.run_dir or f"runs/{_run_name(recipe, method, trb.policy, overrides, hydra_config.mode)}"
+        config.trb.policy = policy = _absolute(trb.policy)
+        run_dir = trb.run_dir or f"runs/{_run_name(recipe, method, policy, overrides, hydra_config.mode)}"
         config.trb.run_dir = str(Path(run_dir).expanduser().absolute())
         if config.trainer.experiment_name is None:
             config.trainer.experiment_name = Path(run_dir).name
@@ -128,11 +129,17 @@ def _run_name(recipe: str, method: str, policy: str, overrides: list[str], mode:
         name += f"-{method.replace('/', '_')}"
     chosen = not method or any(item.startswith("trb.policy=") for item in overrides)
     if chosen and policy != _policy_of(recipe):
-        name += f"-{policy}"
+        name += f"-{policy.rpartition(':')[2]}"
     if mode == RunMode.MULTIRUN:
         own = [item for item in overrides if not item.startswith((f"{GROUP}=", f"{METHOD}=", "trb.policy="))]
         name += "".join(f"-{item.lstrip('+').replace('/', '_')}" for item in own)
     return name
+
+
+def _absolute(policy: str) -> str:
+    """FILE:NAME with the file's whole path, because workers may stand elsewhere."""
+    file, colon, name = policy.rpartition(":")
+    return f"{Path(file).expanduser().absolute()}:{name}" if colon else policy
 
 
 def _policy_of(recipe: str) -> str:

@@ -41,7 +41,7 @@ class TrbConfig:
     """Trust-region behavior blending: rollouts, loss, and where a run keeps its files.
 
     teacher: the model to be distilled; the student is verl's actor_rollout_ref.model.path.
-    policy: the distribution rollouts are drawn from, a name of verl_trb/policies.py.
+    policy: the distribution rollouts are drawn from, a name of verl_trb/policies.py or FILE.py:NAME of one's own.
     policy_params: its own parameters by name, each a number or a schedule: [step, value] points, steps from 1.
     epsilon: epsilon_0, the trust region's size at the first step, nats per token, >= 0.
     warmup_steps: K >= 1, steps after which rollouts are the student's own, for policies that are a warm-up.

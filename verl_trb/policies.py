@@ -1,10 +1,10 @@
 """Rollout policies: functions from (log pi_S, log pi_T, parameters) to the distribution rollouts are drawn from.
 
-A new policy is a ten-line function:
+A new policy is a ten-line file, used with trb.policy=FILE:NAME:
 
-    @register_policy("teacher_mix", alpha=Parameter(0, 1))
-    def teacher_mix(logp_student_NV, logp_teacher_NV, *, alpha):
-        log_mu_NV = torch.logaddexp(logp_student_NV + log(1 - alpha), logp_teacher_NV + log(alpha))
+    @register_policy("either", weight=Parameter(0, 1, above=True))
+    def either(logp_student_NV, logp_teacher_NV, *, weight=1.0):
+        log_mu_NV = torch.maximum(logp_student_NV, logp_teacher_NV + math.log(weight)).log_softmax(-1)
         return from_log_mu(log_mu_NV, logp_student_NV)
 
 The coupling (coupling.py) makes an exact rollout out of any of them. A policy sees guided prefixes only, all with the
@@ -17,8 +17,10 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import runpy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -106,12 +108,26 @@ def register_policy(
 
 
 def get_policy(name: str) -> Policy:
-    """The policy of that name. Raises ValueError, with the names that come near, if there is none."""
+    """The policy of that name, or after running a file of the user's: FILE.py:NAME.
+
+    Raises ValueError, with the names that come near, if there is none, or if the file cannot be run.
+    """
+    file, _, name = str(name).rpartition(":")
+    if file:
+        _run_file(file)
     if name not in _POLICIES:
-        near = difflib.get_close_matches(str(name), _POLICIES, n=3)
+        near = difflib.get_close_matches(name, _POLICIES, n=3)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {policy_names()}."
         raise ValueError(f"There is no rollout policy {name!r}; {hint}")
     return _POLICIES[name]
+
+
+@cache
+def _run_file(file: str) -> None:
+    try:
+        runpy.run_path(file)
+    except Exception as error:
+        raise ValueError(f"{file} cannot be run: {type(error).__name__}: {error}") from error
 
 
 def policy_names() -> list[str]:

@@ -32,7 +32,7 @@ def check_policy(config: DictConfig) -> None:
         check_guidance(config.trb)
     except ValueError as error:
         text = str(error)
-        raise UserError(text if "trb." in text else f"trb.policy: {text}") from None
+        raise UserError(text if "trb.policy" in text or "trb.guided_steps" in text else f"trb.policy: {text}") from None
 
 
 def check_sampling(config: DictConfig) -> None:

@@ -59,19 +59,19 @@ def run(config: DictConfig) -> int:
     from verl_trb.run_folder import LOGS, State, open_run
 
     compat.check_versions()
-    preflight.check_policy(config)
     preflight.check_run_dir(config)
     new = not Path(config.trb.run_dir).exists()
     logs = Path(config.trb.run_dir) / LOGS
     with ExitStack() as stack:
         screen = stack.enter_context(quiet(logs / "driver.log"))
         display = stack.enter_context(Display(screen, config.trainer.total_training_steps or 0))
-        display.header(header(config))
         py_executable = None
         if config.trb.prefork:
             variables = (config.ray_kwargs.ray_init.get("runtime_env") or {}).get("env_vars") or {}
             py_executable = stack.enter_context(template(variables, str(logs / "template.log")))
         try:
+            preflight.check_policy(config)
+            display.header(header(config))
             if config.trb.prepare:
                 display.stage(f"models and data of {config.trb.prepare}")
                 prepare(config, display.stage)
@@ -104,7 +104,7 @@ def results(config: DictConfig, display: Any, finished: bool) -> None:
     if not finished:
         return
     places = {"picture": run_dir / REPORT, "student": run_dir / STUDENT, "metrics": run_dir / METRICS}
-    vanilla = f"python -m verl_trb.main recipe={config.trb.recipe} trb.policy=student"
+    vanilla = f"python -m verl_trb.main recipe={config.trb.recipe} method=vanilla"
     display.summary(summary(read_metrics(run_dir)), places, "" if config.trb.policy == "student" else vanilla)
 
 

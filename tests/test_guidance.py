@@ -175,11 +175,12 @@ def test_k_and_the_vocabulary():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["trb.policy=student", "+trb.policy_params.epsilon=0.1"], "'student' takes no parameters"),
+        (["trb.policy=student", "trb.policy_params.epsilon=0.1"], "'student' takes no parameters"),
         (["trb.policy=student", "trb.guided_steps=5"], "trb.guided_steps=5 guides nothing with trb.policy=student"),
         (["trb.guided_steps=0"], "trb.guided_steps must be >= 1"),
         (["method=teacher_mix", "trb.policy_params.alpha=1.2"], "must be a number between 0 and 1, got 1.2"),
         (["method=skd", "trb.policy_params.k=1000"], "k=1000 is larger than the vocabulary of"),
+        (["trb.policy=skd", "trb.policy_params.kk=3"], "no parameter 'kk'; did you mean k?"),
         (["method=sdk"], "There is no method 'sdk'; did you mean method=skd?"),
     ],
 )

@@ -147,4 +147,6 @@ def _one_of(key: str, value: str, allowed: Iterable[str]) -> None:
 
 
 # base.yaml starts `trb` from this schema, so Hydra checks every value that is merged into it.
-ConfigStore.instance().store(group="trb", name="schema", node=TrbConfig, package="trb", provider="verl_trb")
+_SCHEMA = OmegaConf.structured(TrbConfig)
+OmegaConf.set_struct(_SCHEMA.policy_params, False)  # a command may set any: which there are, the policy knows
+ConfigStore.instance().store(group="trb", name="schema", node=_SCHEMA, package="trb", provider="verl_trb")

@@ -58,19 +58,21 @@ def check_models(config: DictConfig) -> None:
 
 
 def check_tokenizers(config: DictConfig) -> None:
-    """Student and teacher share one vocabulary; the first tokens that differ are named."""
+    """Student and teacher share one vocabulary (the first tokens that differ are named) that the policy fits."""
+    from verl_trb.guidance import check_vocabulary
     from verl_trb.vocabulary import from_tokenizers
 
     student, teacher = models(config).values()
     if student is None or teacher is None:
         return
     try:
-        from_tokenizers(
+        vocabulary = from_tokenizers(
             _tokenizer(STUDENT, config.actor_rollout_ref.model.tokenizer_path or student.folder),
             _tokenizer(TEACHER, teacher.folder),
             student_rows=student.vocabulary_rows,
             teacher_rows=teacher.vocabulary_rows,
         )
+        check_vocabulary(config.trb, vocabulary.size)
     except ValueError as error:
         raise UserError(str(error)) from None
 

@@ -126,6 +126,7 @@ def prepare(config: DictConfig, progress: Callable[[str], None]) -> None:
 def header(config: DictConfig) -> dict[str, str]:
     """What the screen says first."""
     from verl_trb.guidance import describe
+    from verl_trb.objective import describe_objective
 
     trb = config.trb
     return {
@@ -133,7 +134,7 @@ def header(config: DictConfig) -> dict[str, str]:
         "student": config.actor_rollout_ref.model.path or f"made by task {trb.prepare}",
         "teacher": trb.teacher.path or f"made by task {trb.prepare}",
         "rollouts": f"{describe(trb)}, γ = {trb.draft_tokens}",
-        "loss": f"reverse KL, {trb.loss}",
+        "loss": describe_objective(trb),
         "results": trb.run_dir,
         "logs": f"{trb.run_dir}/logs",
     }

@@ -1,0 +1,1 @@
+"""From the data sets as they circulate to the files a run reads; `python -m verl_trb.prepare_data` is the command."""

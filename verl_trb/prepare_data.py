@@ -11,11 +11,12 @@ Each set becomes NAME.parquet in verl's format and NAME.manifest.json (see docs/
 
 import argparse
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from verl_trb.data import output
+from verl_trb.data import SYSTEM_PROMPT, output
 from verl_trb.data.files import data_files, read_files
 from verl_trb.data.hub import hub_rows
 from verl_trb.data.overlap import EvaluationSets, evaluation_sets
@@ -74,6 +75,7 @@ def prepare_source(source: Source, options: argparse.Namespace, sets: Evaluation
         question_column=options.question_column,
         answer_column=options.answer_column,
         verifies=verifies,
+        too_long=None if source.evaluation else _too_long(options),
         evaluation_sets=None if source.evaluation else sets,
         drop_overlap=options.drop_overlap,
     )
@@ -87,6 +89,7 @@ def prepare_source(source: Source, options: argparse.Namespace, sets: Evaluation
         for index, kept in enumerate(chosen.kept)
     ]
     facts |= {"system_prompt": options.system, "limit": choice.limit, "shuffle": choice.shuffle}
+    facts |= {"tokenizer": options.tokenizer, "max_prompt_tokens": options.max_prompt_tokens}
     facts["overlap_checked_with"] = sets.names if sets and not source.evaluation else []
     return _write(source.name, made, facts, chosen, options)
 
@@ -125,6 +128,21 @@ def _write(name: str, rows: list[dict[str, Any]], facts: dict[str, Any], chosen:
     for note in chosen.notes:
         print(f"  note: {note}")
     return file
+
+
+def _too_long(options: argparse.Namespace) -> Callable[[str], bool] | None:
+    """Whether a question's prompt has more than --max-prompt-tokens, by the chat template of --tokenizer."""
+    if options.tokenizer is None:
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+        output.prompt_tokens(tokenizer, "1 + 1", options.system)
+    except Exception as error:  # transformers and chat templates raise many kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UserError(f"--tokenizer {options.tokenizer} cannot be used ({reason}).") from None
+    return lambda question: output.prompt_tokens(tokenizer, question, options.system) > options.max_prompt_tokens
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -166,11 +184,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--limit", type=int, metavar="N", help="how many rows (the set's own number; reasoning-gym: 1000)")
     add("--shuffle", type=int, metavar="SEED", help="order rows by a hash of seed and question, not as they come")
     add("--seed", type=int, default=0, help="of reasoning-gym's problems")
-    add("--system", default=output.SYSTEM_PROMPT, metavar="TEXT", help="system prompt (the paper's); '' for none")
+    add("--system", default=SYSTEM_PROMPT, metavar="TEXT", help="system prompt (the paper's); '' for none")
     add("--question-column", metavar="NAME", help="where it is not found by itself")
     add("--answer-column", metavar="NAME")
     add("--check-overlap", type=Path, nargs="+", default=[], metavar="FILE", help="evaluation files to compare with")
     add("--drop-overlap", choices=["exact", "near"], default="", help="leave matching training rows out (near: both)")
+    add("--tokenizer", metavar="MODEL", help="the student's folder or hub name: leave too long training prompts out")
+    add("--max-prompt-tokens", type=int, default=1024, metavar="N", help="what is too long for it (1024, the paper's)")
     add("--no-answer-check", action="store_true", help="keep answers that math-verify cannot check")
     return parser
 

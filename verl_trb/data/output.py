@@ -23,18 +23,27 @@ from verl_trb.data.select import Kept, Selection
 from verl_trb.data_files import check_rows, read_rows
 from verl_trb.tasks.prepare import write_parquet
 
-# The paper's.
-SYSTEM_PROMPT = r"Please reason step by step, and put your final answer within \boxed{}."
 VERL_COLUMNS = OmegaConf.create({"prompt_key": "prompt", "reward_fn_key": "data_source"})
 PACKAGES = ("verl_trb", "pyarrow", "datasets", "math-verify")
 
 
+def messages(question: str, system: str) -> list[dict[str, str]]:
+    """The chat that asks a question; an empty system prompt is left out."""
+    before = [{"role": "system", "content": system}] if system else []
+    return [*before, {"role": "user", "content": question}]
+
+
+def prompt_tokens(tokenizer: Any, question: str, system: str) -> int:
+    """Length of the prompt that a run will make of a question."""
+    text = tokenizer.apply_chat_template(messages(question, system), add_generation_prompt=True, tokenize=False)
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def verl_row(name: str, split: str, index: int, kept: Kept, system: str) -> dict[str, Any]:
     """One row in verl's format: a chat prompt, and the answer for the reward function."""
-    messages = [{"role": "system", "content": system}] if system else []
     return {
         "data_source": name,
-        "prompt": [*messages, {"role": "user", "content": kept.example.question}],
+        "prompt": messages(kept.example.question, system),
         "ability": "math",
         "reward_model": {"style": "rule", "ground_truth": kept.example.answer},
         "extra_info": {

@@ -1,7 +1,7 @@
 """Which training questions are in an evaluation set: the same text, or most of its n-grams.
 
-Texts are compared as sequences of words, numbers and operators, without case, punctuation, LaTeX delimiters, braces
-and spacing. A near match shares at least `NEAR` of the evaluation question's distinct n-grams of `NGRAM` tokens:
+Texts are compared as sequences of words, numbers and operators, without case, punctuation and LaTeX's delimiters,
+braces and spacing. A near match shares at least `NEAR` of the evaluation question's distinct n-grams of `NGRAM` tokens:
 other wordings of the beginning or end still match, and so may the same problem with another number, which
 `same_answer` helps to tell apart.
 """
@@ -11,6 +11,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,15 @@ NGRAM = 8  # tokens
 NEAR = 0.5  # share of the evaluation question's n-grams
 
 _FORMATTING = re.compile(
-    r"\\(?:left|right|displaystyle|text|textbf|mathrm|mathbf|mathit|operatorname|quad|qquad|dots|ldots|cdots|[,;:! ])"
+    r"\\(?:left|right|displaystyle|text|textbf|mathrm|mathbf|mathit|operatorname|quad|qquad|[lc]?dots)\b"
+    r"|\\[][(),;:! ]"
+    r"|(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))"  # between thousands
 )
 _FRACTION = re.compile(r"\\[dt]frac")
-# Words (ideographs one by one), numbers, and every sign that is not punctuation of text or LaTeX.
-_TOKEN = re.compile(r"[\u3400-\u9fff]|[^\W\d_\u3400-\u9fff]+|\d+|[^\w\s.,;:!?\"'`$\\{}()\[\]*&~_]")
+# Words (ideographs one by one), numbers, and every sign that is not punctuation of text, Markdown or LaTeX.
+_TOKEN = re.compile(
+    r"[\u3400-\u9fff]|[^\W\d_\u3400-\u9fff]+|\d+|(?<=\d)[.:](?=\d)|(?<!\*)\*(?!\*)|[^\w\s.,;:?\"'`$\\{}*&~_]"
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ def tokens(text: str) -> list[str]:
     return _TOKEN.findall(_FORMATTING.sub(" ", _FRACTION.sub(r"\\frac", text)).lower())
 
 
+@lru_cache(maxsize=2**16)  # some sets have a hundred copies of each question
 def normalized(text: str) -> str:
     """Equal for texts that are the same question."""
     return " ".join(tokens(text))

@@ -46,7 +46,7 @@ def make_problems(task: str, count: int, seed: int) -> tuple[Selection, list[str
             chosen.kept.append(Kept(row, index, Example(question, answer, f"{task}-{seed}-{index}")))
             entries.append(as_json)
     if not chosen.kept:
-        raise UserError(f"The verifier of {task} accepts none of its {chosen.read} answers from a file; choose another.")
+        raise UserError(f"The verifier of {task} accepts none of its {chosen.read} answers; choose another task.")
     if len(chosen.kept) < count:
         chosen.notes.append(f"{task} gave {len(chosen.kept)} different usable questions, fewer than {count}")
     return chosen, entries

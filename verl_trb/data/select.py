@@ -8,7 +8,8 @@ refused.
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from verl_trb.data.files import Row
 from verl_trb.data.overlap import EvaluationSets, Match, normalized
@@ -16,40 +17,49 @@ from verl_trb.data.shapes import Example, Fault, Shape, find_shape, read_example
 from verl_trb.data.sources import Source
 from verl_trb.errors import UserError
 
+NOTHING: dict[str, Any] = {}
+
 
 @dataclass(frozen=True)
 class Kept:
-    """A row to be used. position: its number among all rows read."""
+    """A row to be used. position: its number among all rows read; match: the evaluation question that it is."""
 
     row: Row
     position: int
     example: Example
+    match: Match | None = None
 
     @property
     def question_key(self) -> str:
         return normalized(self.example.question)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Dropped:
     """A row that is not used. why: the kind of reason, by which they are counted; detail: about this row."""
 
     row: Row
     why: str
     detail: str = ""
+    match: Match | None = None
 
 
 @dataclass
 class Selection:
-    """kept: in the order of the output; matches: training questions that are in an evaluation set."""
+    """kept: in the order of the output; read: rows seen; complete: whether these are all rows there are."""
 
     kept: list[Kept] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
-    matches: list[Match] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     shapes: dict[str, Shape] = field(default_factory=dict)
     read: int = 0
     complete: bool = True
+
+    @property
+    def matches(self) -> list[Match]:
+        """Training questions that are in an evaluation set: those kept, then those dropped for it."""
+        matches = [kept.match for kept in self.kept] + [dropped.match for dropped in self.dropped]
+        return [match for match in matches if match is not None]
 
     def reasons(self) -> dict[str, int]:
         """How many rows were dropped for each reason, most first."""
@@ -62,7 +72,8 @@ class Choice:
 
     limit: rows wanted, None for all. shuffle: a seed; the rows are then ordered by a hash of seed and question,
     which depends on no order of the input. verifies: whether an answer can be checked, None to skip that.
-    evaluation_sets: where to look training questions up. drop_overlap: "", "exact" or "near" (which includes exact).
+    too_long: whether a question makes too long a prompt, None to skip that. evaluation_sets: where to look training
+    questions up. drop_overlap: "", "exact" or "near" (which includes exact).
     """
 
     limit: int | None = None
@@ -70,6 +81,7 @@ class Choice:
     question_column: str | None = None
     answer_column: str | None = None
     verifies: Callable[[str], bool] | None = None
+    too_long: Callable[[str], bool] | None = None
     evaluation_sets: EvaluationSets | None = None
     drop_overlap: str = ""
 
@@ -85,27 +97,25 @@ def select(rows: Iterable[Row], source: Source, choice: Choice) -> Selection:
             chosen.complete = False
             break
         chosen.read += 1
+        bare = row._replace(values=NOTHING)  # what is held in memory
         if row.file not in chosen.shapes:
             shape = find_shape(row.file, row.values, choice.question_column, choice.answer_column)
             chosen.shapes[row.file] = shape
             if source.keep and source.keep[0] not in row.values:
                 chosen.notes.append(f"{row.file} has no column {source.keep[0]!r}: all its rows are taken")
         if source.keep and row.values.get(source.keep[0], source.keep[1]) != source.keep[1]:
-            chosen.dropped.append(Dropped(row._replace(values={}), f"{source.keep[0]} is not {source.keep[1]}"))
+            chosen.dropped.append(Dropped(bare, f"{source.keep[0]} is not {source.keep[1]}"))
             continue
         try:
             example = read_example(chosen.shapes[row.file], row.values, source.context)
         except Fault as fault:
-            chosen.dropped.append(Dropped(row._replace(values={}), str(fault)))
+            chosen.dropped.append(Dropped(bare, str(fault)))
             continue
-        # Only what is used further on is held in memory.
-        add(Kept(row._replace(values={}), chosen.read - 1, example))
+        add(Kept(bare, chosen.read - 1, example))
     add.finish()
     if choice.shuffle is not None:
         chosen.kept.sort(key=lambda kept: hashlib.sha256(f"{choice.shuffle}\n{kept.question_key}".encode()).digest())
         del chosen.kept[choice.limit :]
-        left = {kept.example.id or str(kept.position) for kept in chosen.kept}
-        chosen.matches = [match for match in chosen.matches if match.id in left]
     if not chosen.kept:
         reasons = ", ".join(f"{count} {why}" for why, count in chosen.reasons().items())
         raise UserError(f"None of the {chosen.read} rows can be used ({reasons}).")
@@ -135,20 +145,19 @@ class _Training:
             self._drop(new, "a copy of another question", f"of {first.row}")
         elif self.choice.verifies and not self.choice.verifies(answer):
             self._drop(new, "an answer that math-verify cannot check", answer[:200])
-        elif not self._overlaps(new):
-            self.first[key] = new
+        elif self.choice.too_long and self.choice.too_long(new.example.question):
+            self._drop(new, "a prompt of too many tokens")
+        else:
+            match = self._match(new)
+            if match and self.choice.drop_overlap in ("near", match.kind):
+                self.unused.add(key)
+                self.chosen.dropped.append(Dropped(new.row, "in an evaluation set", str(match), match))
+            else:
+                self.first[key] = replace(new, match=match)
 
-    def _overlaps(self, new: Kept) -> bool:
-        sets, drop = self.choice.evaluation_sets, self.choice.drop_overlap
-        match = sets.find(new.example.id or str(new.position), new.example.question, new.example.answer) if sets else None
-        if match is None:
-            return False
-        self.chosen.matches.append(match)
-        if drop == "near" or drop == match.kind:
-            self.unused.add(new.question_key)
-            self._drop(new, "in an evaluation set", str(match))
-            return True
-        return False
+    def _match(self, new: Kept) -> Match | None:
+        sets, example = self.choice.evaluation_sets, new.example
+        return sets.find(example.id or str(new.position), example.question, example.answer) if sets else None
 
     def finish(self) -> None:
         for key, first in self.first.items():
@@ -192,5 +201,5 @@ class _Evaluation:
             self.chosen.notes.append(f"{copies} questions are copies of others; kept, as the set has them")
         if self.chosen.dropped:
             self.chosen.notes.append(
-                f"{len(self.chosen.dropped)} rows of an evaluation set are missing from the output: scores are of the rest"
+                f"{len(self.chosen.dropped)} rows of an evaluation set cannot be used: scores are of the rest"
             )

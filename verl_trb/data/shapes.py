@@ -112,7 +112,7 @@ def read_example(shape: Shape, row: dict[str, Any], context: str | None = None) 
     if shape.chat:
         question, response = _read_chat(row.get(shape.chat))
     else:
-        question = _text(row.get(shape.question))
+        question = _text(row.get(shape.question or ""))
     question = _unwrapped(question)
     if not question:
         raise Fault("no question")

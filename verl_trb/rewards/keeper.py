@@ -1,10 +1,8 @@
 """The sandbox's own program: keeps one judge process, gives it requests, and replaces it when it fails.
 
-    python -m verl_trb.rewards.keeper KIND MEMORY_MB     # started by sandbox.py; JSON lines in, JSON lines out
-
-The keeper imports the judge once and forks a process that answers; a new one after a failure takes milliseconds.
-The forked process has limits on memory, processor time and files, and can be killed at any moment. The keeper ends
-when its input does, so nothing is left when a run is killed.
+Started by sandbox.py; JSON lines in, one word a line out. The keeper imports the judge once and forks a process that
+answers; a new one after a failure takes milliseconds. The forked process has limits on memory, processor time and
+files, and can be killed at any moment. The keeper ends when its input does, so nothing is left when a run is killed.
 """
 
 import json
@@ -15,7 +13,6 @@ import signal
 import sys
 import time
 from multiprocessing.connection import Connection
-from typing import Any
 
 from verl_trb.rewards.judges import MAKERS, Judge
 
@@ -80,6 +77,7 @@ def _serve(judge: Judge, memory: int, connection: Connection, keepers_end: Conne
 
 
 def main(kind: str, memory_mb: str) -> None:
+    """Answers requests, one a line, until the input ends: each {"seconds": limit, ...} with what the judge needs."""
     judge = MAKERS[kind]()
     memory = int(memory_mb) * 2**20
     process: JudgeProcess | None = None
@@ -97,10 +95,6 @@ def main(kind: str, memory_mb: str) -> None:
         process.end()
 
 
-def _reply(outcome: Any) -> None:
+def _reply(outcome: str) -> None:
     sys.stdout.write(f"{outcome}\n")
     sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

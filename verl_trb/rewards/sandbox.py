@@ -13,10 +13,15 @@ import subprocess
 import sys
 import threading
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
-PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
+# The keeper finds modules where this process does.
+START = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from verl_trb.rewards.keeper import main
+main(*sys.argv[2:])
+"""
 START_SECONDS = 120.0  # for imports, on a busy machine
 SPARE_SECONDS = 10.0  # for the keeper to notice a time limit and say so
 
@@ -37,12 +42,11 @@ class Keeper:
     """The other end of keeper.py: a subprocess that outlives the answers it is asked about."""
 
     def __init__(self, kind: str, memory_mb: int):
-        paths = [PACKAGE_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "verl_trb.rewards.keeper", kind, str(memory_mb)],
+            [sys.executable, "-c", START, json.dumps(sys.path), kind, str(memory_mb)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
             start_new_session=True,  # Ctrl-C is the run's business
         )
         if self._read(START_SECONDS) != "ready":

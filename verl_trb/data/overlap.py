@@ -25,8 +25,8 @@ NEAR = 0.5  # share of the evaluation question's n-grams
 _FORMATTING = re.compile(
     r"\\(?:left|right|displaystyle|text|textbf|mathrm|mathbf|mathit|operatorname|quad|qquad|[lc]?dots)\b"
     r"|\\[][(),;:! ]"
-    r"|(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))"  # between thousands
 )
+_THOUSANDS = re.compile(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))")
 _FRACTION = re.compile(r"\\[dt]frac")
 # Words (ideographs one by one), numbers, and every sign that is not punctuation of text, Markdown or LaTeX.
 _TOKEN = re.compile(
@@ -54,7 +54,7 @@ class Match:
 
 def tokens(text: str) -> list[str]:
     """What is compared of a text."""
-    text = unicodedata.normalize("NFKC", text)
+    text = _THOUSANDS.sub("", unicodedata.normalize("NFKC", text))
     return _TOKEN.findall(_FORMATTING.sub(" ", _FRACTION.sub(r"\\frac", text)).lower())
 
 

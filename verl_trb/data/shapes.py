@@ -123,11 +123,7 @@ def read_example(shape: Shape, row: dict[str, Any], context: str | None = None) 
 
 def _read_chat(messages: Any) -> tuple[str, str | None]:
     """The one question of a chat, and the assistant's last message."""
-    if isinstance(messages, str):
-        try:
-            messages = json.loads(messages)
-        except ValueError:
-            raise Fault("its chat is not a list of messages") from None
+    messages = _parsed(messages, "its chat is not a list of messages")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise Fault("its chat is not a list of messages")
     said: dict[str, list[str]] = {"user": [], "assistant": []}
@@ -144,13 +140,10 @@ def _read_chat(messages: Any) -> tuple[str, str | None]:
 
 def _answer(shape: Shape, row: dict[str, Any], response: str | None) -> str:
     if shape.reward_model and shape.answer is None:
-        reward_model = row.get(shape.reward_model)
-        if isinstance(reward_model, str):
-            try:
-                reward_model = json.loads(reward_model)
-            except ValueError:
-                raise Fault("its reward_model is not a record") from None
-        given = reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
+        reward_model = _parsed(row.get(shape.reward_model), "its reward_model is not a record")
+        if not isinstance(reward_model, dict):
+            raise Fault("its reward_model is not a record")
+        given = reward_model.get("ground_truth")
     else:
         given = row.get(shape.answer) if shape.answer else None
     answer = gold_answer(_text(given))
@@ -177,6 +170,14 @@ def _identity(shape: Shape, row: dict[str, Any]) -> str | None:
     if isinstance(value, dict):  # verl's extra_info
         value = next((value[name] for name in ("id", "index") if value.get(name) is not None), None)
     return None if value is None or value == "" else str(value)
+
+
+def _parsed(value: Any, fault: str) -> Any:
+    """A value that some files hold as JSON text."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        raise Fault(fault) from None
 
 
 def _text(value: Any) -> str:

@@ -114,7 +114,7 @@ def test_shuffling_depends_on_the_seed_and_not_on_the_input_order(prepared: Call
 
 
 def test_limit_takes_the_first_usable_rows(prepared: Callable):
-    rows, manifest = prepared("math", [{"problem": "", "answer": "1"}, *problems(9)], "--limit", "4")
+    rows, manifest = prepared("math", [{"problem": "", "answer": "1", "id": "e"}, *problems(9)], "--limit", "4")
     assert [row["extra_info"]["id"] for row in rows] == ["p0", "p1", "p2", "p3"]
     assert manifest["rows_read"] == 5 and manifest["whole_source_read"] is False
 
@@ -170,7 +170,7 @@ def test_dropped_training_rows_are_listed_with_reasons(prepared: Callable, tmp_p
             {"problem": "How  many?", "answer": "4"},
             {"problem": None, "answer": "4"},
             {"problem": "Nothing?", "answer": None},
-            {"problem": "Endless?", "answer": "9^{9^{9^9}}"},
+            {"problem": "Which braces?", "answer": "}{"},
         ],
     )
     assert [row["prompt"][1]["content"] for row in rows] == ["What is $1+1$?"]
@@ -181,7 +181,7 @@ def test_dropped_training_rows_are_listed_with_reasons(prepared: Callable, tmp_p
         (3, "a copy of another question", "of in.jsonl: row 2"),
         (4, "no question", None),
         (5, "no answer", None),
-        (6, "an answer that math-verify cannot check", "9^{9^{9^9}}"),
+        (6, "an answer that math-verify cannot parse", "}{"),
     ]
     assert manifest["dropped"]["a copy of another question"] == 2
 
@@ -199,14 +199,14 @@ def test_an_evaluation_set_keeps_every_row(prepared: Callable, tmp_path: Path):
         [
             {"problem": "What is $1+1$?", "answer": "2"},
             {"problem": "What is $1+1$?", "answer": "2"},
-            {"problem": "Endless?", "answer": "9^{9^{9^9}}"},
+            {"problem": "Which braces?", "answer": "}{"},
             {"problem": "", "answer": "1"},
         ],
     )
     assert [row["extra_info"]["id"] for row in rows] == ["aime24-0", "aime24-1", "aime24-2"]
     assert rows[0]["extra_info"]["split"] == "test"
     assert manifest["notes"] == [
-        "in.jsonl: row 2: math-verify cannot check the answer '9^{9^{9^9}}'; kept, counts as wrong",
+        "in.jsonl: row 2: math-verify cannot parse the answer '}{', so only the same text is right",
         "1 questions are copies of others; kept, as the set has them",
         "1 rows of an evaluation set cannot be used: scores are of the rest",
         "4 rows were read, and math-ai/aime24 is known to have 30",
@@ -432,8 +432,8 @@ def test_real_files(prepared: Callable, tmp_path: Path, name: str, file: str, ro
 
     made, manifest = prepared(name, Path(REAL) / f"{file}.parquet")
     assert len(made) == rows
-    assert "an answer that math-verify cannot check" not in manifest["dropped"] and not manifest["notes"]
-    assert not any("Answer:" in row["prompt"][1]["content"] for row in made)
+    assert "an answer that math-verify cannot parse" not in manifest["dropped"] and not manifest["notes"]
+    assert not any("on its own line" in row["prompt"][1]["content"] for row in made)
     for row in made[:: max(1, rows // 400)]:
         gold = row["reward_model"]["ground_truth"]
         wrong = [str(int(gold) + 1), str(-int(gold) - 1), gold + "0" if int(gold) else "10", f"{gold}.5"]

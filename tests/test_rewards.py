@@ -147,8 +147,17 @@ def test_agrees_with_math_verify(response: str, gold: str, right: bool, math_ver
         assert math_verify(gold, response) == right
 
 
+@pytest.mark.parametrize(
+    ("answer", "gold", "score"),
+    [("10", r"10\%", 1), ("10%", r"10\%", 1), (r"10.0 \%", "10%", 1), ("11%", r"10\%", 0), (r"10\%", "10", 0)],
+)
+def test_of_a_percentage_the_number_counts(answer: str, gold: str, score: int):
+    assert compute_score("math", f"\\boxed{{{answer}}}", gold) == score
+
+
 def test_a_gold_that_math_verify_cannot_read_still_equals_itself():
     assert judge("math", r"\boxed{\foo\bar{}}", r"\foo\bar{}").why == "right"
+    assert not verifies_itself(r"\foo\bar{}") and not verifies_itself("}{") and not verifies_itself("")
 
 
 # ------------------------------------------------------------------------------------------ hostile answers

@@ -138,7 +138,7 @@ def _too_long(options: argparse.Namespace) -> Callable[[str], bool] | None:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
-        output.prompt_tokens(tokenizer, "1 + 1", options.system)
+        output.prompt_tokens(tokenizer, "1", options.system)
     except Exception as error:  # transformers and chat templates raise many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(f"--tokenizer {options.tokenizer} cannot be used ({reason}).") from None
@@ -191,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--drop-overlap", choices=["exact", "near"], default="", help="leave matching training rows out (near: both)")
     add("--tokenizer", metavar="MODEL", help="the student's folder or hub name: leave too long training prompts out")
     add("--max-prompt-tokens", type=int, default=1024, metavar="N", help="what is too long for it (1024, the paper's)")
-    add("--no-answer-check", action="store_true", help="keep answers that math-verify cannot check")
+    add("--no-answer-check", action="store_true", help="keep answers that math-verify cannot parse")
     return parser
 
 

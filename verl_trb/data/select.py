@@ -115,7 +115,7 @@ def select(rows: Iterable[Row], source: Source, choice: Choice) -> Selection:
     add.finish()
     if choice.shuffle is not None:
         chosen.kept.sort(key=lambda kept: hashlib.sha256(f"{choice.shuffle}\n{kept.question_key}".encode()).digest())
-        del chosen.kept[choice.limit :]
+        chosen.kept = chosen.kept[: choice.limit]
     if not chosen.kept:
         reasons = ", ".join(f"{count} {why}" for why, count in chosen.reasons().items())
         raise UserError(f"None of the {chosen.read} rows can be used ({reasons}).")
@@ -144,7 +144,7 @@ class _Training:
                 self.contradicted.setdefault(key, new.row)
             self._drop(new, "a copy of another question", f"of {first.row}")
         elif self.choice.verifies and not self.choice.verifies(answer):
-            self._drop(new, "an answer that math-verify cannot check", answer[:200])
+            self._drop(new, "an answer that math-verify cannot parse", answer[:200])
         elif self.choice.too_long and self.choice.too_long(new.example.question):
             self._drop(new, "a prompt of too many tokens")
         else:
@@ -192,7 +192,7 @@ class _Evaluation:
         self.chosen.kept.append(new)
         if self.choice.verifies and not self.choice.verifies(new.example.answer):
             self.chosen.notes.append(
-                f"{new.row}: math-verify cannot check the answer {new.example.answer[:80]!r}; kept, counts as wrong"
+                f"{new.row}: math-verify cannot parse the answer {new.example.answer[:80]!r}, so only the same text is right"
             )
 
     def finish(self) -> None:

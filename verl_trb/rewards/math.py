@@ -74,8 +74,8 @@ def judge(
 
 
 def verifies_itself(gold: str, limits: Limits = Limits()) -> bool:  # noqa: B008 - immutable
-    """Whether math-verify reads a gold answer and finds it equal to itself."""
-    return ask("math", {"gold": gold, "answer": gold}, limits) == "right"
+    """Whether math-verify can parse a gold answer and finds it equal to itself, not only the same text."""
+    return ask("math", {"gold": gold, "answer": gold, "parsed": True}, limits) == "right"
 
 
 def _verdict(answer: str, ask_for: tuple[str, dict[str, Any]], limits: Limits) -> Verdict:

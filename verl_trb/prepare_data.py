@@ -89,7 +89,8 @@ def prepare_source(source: Source, options: argparse.Namespace, sets: Evaluation
         for index, kept in enumerate(chosen.kept)
     ]
     facts |= {"system_prompt": options.system, "limit": choice.limit, "shuffle": choice.shuffle}
-    facts |= {"tokenizer": options.tokenizer, "max_prompt_tokens": options.max_prompt_tokens}
+    if options.tokenizer:
+        facts |= {"tokenizer": options.tokenizer, "max_prompt_tokens": options.max_prompt_tokens}
     facts["overlap_checked_with"] = sets.names if sets and not source.evaluation else []
     return _write(source.name, made, facts, chosen, options)
 

@@ -25,7 +25,10 @@ def make_math_judge() -> Judge:
 
     def judge(request: dict[str, Any]) -> bool:
         # Its own time limits are off: they need the main thread and cannot end a big-integer power.
-        options: dict[str, Any] = {"parsing_timeout": None, "fallback_mode": "no_fallback" if request.get("parsed") else "first_match"}
+        options: dict[str, Any] = {
+            "parsing_timeout": None,
+            "fallback_mode": "no_fallback" if request.get("parsed") else "first_match",
+        }
         wanted, text = request["gold"], _boxed(request["answer"]) if "answer" in request else request["text"]
         if _PERCENT.search(wanted):  # which math-verify cannot parse inside a box: of a percentage the number counts
             wanted = _PERCENT.sub("", wanted)

@@ -192,7 +192,7 @@ class _Evaluation:
         self.chosen.kept.append(new)
         if self.choice.verifies and not self.choice.verifies(new.example.answer):
             self.chosen.notes.append(
-                f"{new.row}: math-verify cannot parse the answer {new.example.answer[:80]!r}, so only the same text is right"
+                f"{new.row}: math-verify cannot parse {new.example.answer[:76]!r}; only the same text is right"
             )
 
     def finish(self) -> None:

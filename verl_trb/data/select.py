@@ -191,8 +191,9 @@ class _Evaluation:
             )
         self.chosen.kept.append(new)
         if self.choice.verifies and not self.choice.verifies(new.example.answer):
+            answer = new.example.answer[:80]
             self.chosen.notes.append(
-                f"{new.row}: math-verify cannot parse the answer {new.example.answer[:80]!r}, so only the same text is right"
+                f"{new.row}: math-verify cannot parse the answer {answer!r}, so only the same text is right"
             )
 
     def finish(self) -> None:

@@ -15,12 +15,22 @@ from verl_trb.rewards.math import compute_score
 REASONING = "Let us think about it step by step. " * 140
 
 
-def measure(name: str, score: Callable[[str], float], golds: list[str], kind: Callable[[str], str]) -> None:
+def measure(name: str, score: Callable[[str, str], float], golds: list[str], kind: Callable[[str], str]) -> None:
     """Prints how many of the golds' responses are judged in a second, and how many are right."""
-    score(golds[0])  # the keeper starts
+    score(golds[0], wrong(golds[0]))  # the keeper starts
     start = time.perf_counter()
-    right = sum(score(gold) for gold in golds)
+    right = sum(score(gold, kind(gold)) for gold in golds)
     print(f"{name:32} {kind.__name__:16} {len(golds) / (time.perf_counter() - start):8.0f} /s   right {right:.0f}")
+
+
+def sandboxed(gold: str, response: str) -> float:
+    return compute_score("math", response, gold)
+
+
+def direct(gold: str, response: str) -> float:
+    from math_verify import parse, verify
+
+    return float(verify(parse(rf"$\boxed{{{gold}}}$"), parse(response)))
 
 
 def same_text(gold: str) -> str:
@@ -43,16 +53,9 @@ def main() -> None:
     if file:
         golds = [row["reward_model"]["ground_truth"] for row in read_rows(file.expanduser())][:1000]
 
-    from math_verify import parse, verify
-
     for kind in (same_text, another_form, wrong):
-        measure("sandboxed reward", lambda gold, kind=kind: compute_score("math", kind(gold), gold), golds, kind)
-        measure(
-            "math-verify on the whole text",
-            lambda gold, kind=kind: float(verify(parse(rf"$\boxed{{{gold}}}$"), parse(kind(gold)))),
-            golds,
-            kind,
-        )
+        measure("sandboxed reward", sandboxed, golds, kind)
+        measure("math-verify on the whole text", direct, golds, kind)
 
 
 if __name__ == "__main__":

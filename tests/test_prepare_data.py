@@ -434,6 +434,12 @@ def test_real_overlap(prepared: Callable, tmp_path: Path):
     assert manifest["overlap"] == {"amc23.parquet": {"exact": 8, "near": 25}}
 
 
+def test_a_line_separator_inside_a_text_does_not_end_a_json_line(tmp_path: Path):
+    file = tmp_path / "in.jsonl"
+    file.write_text(json.dumps({"text": "one\u2028two\x85"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_rows(file) == [{"text": "one\u2028two\x85"}]
+
+
 def test_parquet_is_what_verl_reads(prepared: Callable, tmp_path: Path, toy: ToyRun):
     """verl's own data set class gives the prompt and the answer."""
     from transformers import AutoTokenizer

@@ -193,12 +193,7 @@ class _Evaluation:
         if self.choice.verifies and not self.choice.verifies(new.example.answer):
             answer = new.example.answer[:80]
             self.chosen.notes.append(
-<<<<<<< HEAD
-                f"{new.row}: math-verify cannot parse the answer {new.example.answer[:80]!r}, "
-                "so only the same text is right"
-=======
                 f"{new.row}: math-verify cannot parse the answer {answer!r}, so only the same text is right"
->>>>>>> b48e27c5140a14e36c9a99b8e2c19c7e7abb489a
             )
 
     def finish(self) -> None:

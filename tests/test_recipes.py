@@ -166,7 +166,7 @@ def sweep(method: str) -> list[DictConfig]:
     (points,) = BasicSweeper.split_arguments(parse(command[3:]), max_batch_size=None)
     runs = []
     for point in points:
-        runs.append(run := config.copy())
+        runs.append(run := OmegaConf.create({"trb": config.trb}))
         for override in parse(list(point)):
             OmegaConf.update(run, override.key_or_group, override.value())
     return [run.trb for run in runs]

@@ -406,6 +406,8 @@ def test_stale_ray_session(config: DictConfig, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     preflight.check_ray(config)  # the recipe starts a Ray of its own
     config.ray_kwargs.ray_init.address = None
+    assert "set ray_kwargs.ray_init.address=local, or trb.prefork=false" in refuses(preflight.check_ray, config)
+    config.trb.prefork = False
     said = refuses(preflight.check_ray, config)
     assert str(record) in said and "no longer answers" in said
 
@@ -417,6 +419,7 @@ def test_port_in_the_way(config: DictConfig):
         port = taken.getsockname()[1]
         config.ray_kwargs.ray_init.update(include_dashboard=True, dashboard_port=port)
         assert f"Port {port}" in refuses(preflight.check_ray, config)
+        config.trb.prefork = False
         config.ray_kwargs.ray_init.address = f"127.0.0.1:{port}"
         config.ray_kwargs.ray_init.include_dashboard = False
         preflight.check_ray(config)  # something answers there

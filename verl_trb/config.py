@@ -42,10 +42,11 @@ class TrbConfig:
     """Trust-region behavior blending: rollouts, loss, and where a run keeps its files.
 
     teacher: the model to be distilled; the student is verl's actor_rollout_ref.model.path.
-    policy: the distribution rollouts are drawn from, a name of verl_trb/policies.py.
-    policy_params: its own parameters, by name.
+    policy: the distribution rollouts are drawn from, a name of verl_trb/policies.py or FILE.py:NAME of one's own.
+    policy_params: its own parameters by name, each a number or a schedule: [step, value] points, steps from 1.
     epsilon: epsilon_0, the trust region's size at the first step, nats per token, >= 0.
-    warmup_steps: K >= 1, steps after which rollouts are the student's own.
+    warmup_steps: K >= 1, steps after which rollouts are the student's own, for policies that are a warm-up.
+    guided_steps: the same for any policy, >= 1; null is warmup_steps for warm-ups, else the whole run.
     draft_tokens: gamma >= 1, tokens the student drafts before the teacher reads them.
     loss: how the divergence is computed: over the `full` vocabulary, on `topk` tokens, or of the `sampled` token.
     topk: k >= 1 of the top-k losses.
@@ -55,11 +56,12 @@ class TrbConfig:
     distill_weight, reward_weight: of the divergence and of verl's policy gradient of the reward, >= 0, each a number
       or a schedule. Without distill_weight the teacher is not read.
     loss_chunk_tokens: tokens whose float32 logits exist at one time, >= 1.
+    seed: of data order, rollouts and of what `prepare` makes, >= 0.
     prepare: a task whose models and data are made at first use and cached; null uses what the paths name.
     cache_dir: folder of what `prepare` makes.
     prefork: start Ray's workers as forks of one process that has imported everything, for recipes on one CPU machine.
     run_dir: folder of this run's results; null is runs/<recipe>[-<policy>].
-    recipe: name of the recipe, filled in from the command.
+    recipe, method: their names, filled in from the command.
     """
 
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -67,6 +69,7 @@ class TrbConfig:
     policy_params: dict[str, Any] = field(default_factory=dict)
     epsilon: float = 0.02
     warmup_steps: int = 50
+    guided_steps: int | None = None
     draft_tokens: int = 4
     loss: str = "full"
     topk: int = 16
@@ -76,21 +79,27 @@ class TrbConfig:
     distill_weight: Any = 1.0
     reward_weight: Any = 0.0
     loss_chunk_tokens: int = 1024
+    seed: int = 0
     prepare: str | None = None
     cache_dir: str = "~/.cache/verl_trb"
     prefork: bool = False
     run_dir: str | None = None
     recipe: str = ""
+    method: str = ""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.epsilon) and self.epsilon >= 0):
             raise ConfigError(f"trb.epsilon must be a finite number >= 0 (nats per token), got {self.epsilon}.")
+        if self.seed < 0:
+            raise ConfigError(f"trb.seed must be >= 0, got {self.seed}.")
         at_least_one = {
             "warmup_steps": "steps until rollouts are the student's own; trb.epsilon=0 gives none at all",
             "draft_tokens": "tokens drafted before the teacher reads them",
             "topk": "tokens of the top-k loss",
             "loss_chunk_tokens": "tokens whose logits exist at one time",
         }
+        if self.guided_steps is not None:
+            at_least_one["guided_steps"] = "steps until rollouts are the student's own; trb.policy=student has none"
         for name, meaning in at_least_one.items():
             if getattr(self, name) < 1:
                 raise ConfigError(f"trb.{name} must be >= 1 ({meaning}), got {getattr(self, name)}.")
@@ -136,7 +145,7 @@ def trb_config(config: DictConfig) -> TrbConfig:
 
 def trb_keys() -> list[str]:
     """Every key that may be set under `trb`, dotted."""
-    own = [f"trb.{name}" for name in TrbConfig.__dataclass_fields__ if name != "recipe"]
+    own = [f"trb.{name}" for name in TrbConfig.__dataclass_fields__ if name not in ("recipe", "method")]
     return [*own, *(f"trb.teacher.{name}" for name in TeacherConfig.__dataclass_fields__)]
 
 

@@ -124,7 +124,8 @@ def _answer_fault(reward_model: Any) -> str:
 
 def _read_json_lines(file: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(file.read_text().splitlines()):
+    text = file.read_text(encoding="utf-8").rstrip("\n")
+    for number, line in enumerate(text.split("\n") if text else []):
         try:
             row = json.loads(line)
         except ValueError as error:

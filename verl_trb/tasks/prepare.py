@@ -46,10 +46,12 @@ def _make_table_walk(folder: Path, settings: Any, progress: Progress) -> None:
     (folder / "accuracy.json").write_text(json.dumps(accuracies) + "\n")
 
 
-def _table_walk_settings() -> Any:
+def _table_walk_settings(seed: int) -> Any:
     from verl_trb.tasks.toy_models import ToySettings
 
-    return ToySettings()
+    settings = ToySettings()  # every seed has the same teacher
+    student_sft = dataclasses.replace(settings.student_sft, seed=settings.student_sft.seed + seed)
+    return dataclasses.replace(settings, student_sft=student_sft, data_seed=seed)
 
 
 def _make_smollm2(folder: Path, settings: Any, progress: Progress) -> None:
@@ -61,33 +63,33 @@ def _make_smollm2(folder: Path, settings: Any, progress: Progress) -> None:
     smollm2.make_pair(folder, settings, progress)
 
 
-def _smollm2_settings() -> Any:
+def _smollm2_settings(seed: int) -> Any:
     from verl_trb.tasks.smollm2 import SmolSettings
 
-    return SmolSettings()
+    return SmolSettings(seed=seed)
 
 
-# name -> (default settings, maker); both import torch and transformers only when called
-TASKS: dict[str, tuple[Callable[[], Any], Callable[[Path, Any, Progress], None]]] = {
+# name -> (settings of a seed, maker); both import torch and transformers only when called
+TASKS: dict[str, tuple[Callable[[int], Any], Callable[[Path, Any, Progress], None]]] = {
     "table_walk": (_table_walk_settings, _make_table_walk),
     "smollm2_pruned": (_smollm2_settings, _make_smollm2),
 }
 
 
 def prepare(
-    name: str, cache_dir: Path | str, progress: Progress | None = None, settings: Any | None = None
+    name: str, cache_dir: Path | str, progress: Progress | None = None, settings: Any | None = None, seed: int = 0
 ) -> Prepared:
     """The models and data of task `name`, made under `cache_dir` if they are not there yet.
 
-    `progress` receives short lines while something is made. `settings` replaces the task's defaults (a
-    dataclass of the task's module) and is part of the folder's name. Raises ValueError for an unknown name, a
-    `cache_dir` that cannot be written, or a missing package that the task needs.
+    `progress` receives short lines while something is made. `seed` varies the data and the student. `settings`
+    replaces the task's own (a dataclass of the task's module). Both are part of the folder's name. Raises
+    ValueError for an unknown name, a `cache_dir` that cannot be written, or a missing package that the task needs.
     """
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=3, cutoff=0.4) or sorted(TASKS)
         raise ValueError(f"trb.prepare: unknown task {name!r}; did you mean {' or '.join(map(repr, near))}?")
-    default_settings, make = TASKS[name]
-    settings = default_settings() if settings is None else settings
+    settings_of, make = TASKS[name]
+    settings = settings_of(seed) if settings is None else settings
     key = json.dumps([RECIPE_VERSION, dataclasses.asdict(settings)], sort_keys=True)
     cache_dir = Path(cache_dir).expanduser().absolute()
     folder = cache_dir / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"

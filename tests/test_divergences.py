@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import loss_oracles
 import pytest
@@ -332,6 +333,25 @@ def test_a_loss_of_ones_own():
             register_divergence("hellinger")(hellinger)
     finally:
         del divergences._DIVERGENCES["hellinger"]
+
+
+def test_a_file_of_ones_own(tmp_path: Path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from verl_trb.divergences import Integrand, register_divergence\n"
+        "@register_divergence('twice')\n"
+        "def twice(prefixes):\n"
+        "    column = 2 * prefixes.student_CV * (prefixes.logp_student_CV - prefixes.logp_teacher_CV)\n"
+        "    return Integrand(column, column)\n"
+    )
+    try:
+        student, teacher = logits()
+        loss = compute("full", f"{file}:twice", {}, student, teacher)
+        torch.testing.assert_close(loss, 2 * compute("full", "reverse_kl", {}, student, teacher))
+    finally:
+        del divergences._DIVERGENCES["twice"]
+    with pytest.raises(ValueError, match="none.py cannot be run: FileNotFoundError"):
+        get_divergence(f"{tmp_path}/none.py:mine")
 
 
 def test_registry_refuses():

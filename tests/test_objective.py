@@ -127,6 +127,8 @@ def settings(rollout_is: str | None = "sequence", actor: dict[str, Any] | None =
     ("config", "says"),
     [
         (settings(divergence="saki"), "set trb.policy=saki"),
+        (settings(loss="sampled", policy="teacher"), "trb.policy=teacher makes useless"),
+        (settings(reward_weight=1, policy="skd"), "trb.reward_weight > 0 weights every rollout token"),
         (settings(reward_weight=1, rollout_is=None), "is biased without importance weights"),
         (settings(reward_weight=1, actor={"entropy_coeff": 0.01}), "entropy_coeff=0.01 would do nothing"),
         (settings(divergence="exopd", loss="sampled"), "use_kl_loss=true"),
@@ -141,6 +143,7 @@ def test_settings_that_contradict_each_other(config: DictConfig, says: str):
 def test_settings_that_fit():
     check_settings(settings())
     check_settings(settings(reward_weight=1))
+    check_settings(settings(divergence="saki", policy="saki"))
     check_settings(settings(policy="student", reward_weight=1, rollout_is=None))
     check_settings(settings(divergence="exopd", loss="sampled", actor={"use_kl_loss": True}))
 
@@ -150,5 +153,5 @@ def test_values():
     for value in (True, None, [], [[1, 2, 3]], float("nan"), float("inf")):
         with pytest.raises(ValueError, match="^key"):
             check_value("key", value, Parameter())
-    assert str(Parameter(0)) == "a number >= 0" and str(Parameter(0, open=True)) == "a number > 0"
+    assert str(Parameter(0)) == "a number >= 0" and str(Parameter(0, above=True)) == "a number > 0"
     assert str(Parameter()) == "a number"

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from verl_trb import policies
-from verl_trb.policies import Parameter, from_log_mu, get_policy, guided, policy_names, register_policy
+from verl_trb.parameters import Parameter
+from verl_trb.policies import from_log_mu, get_policy, guided, policy_names, register_policy
 from verl_trb.trust_region import blend
 
 INF = math.inf

@@ -83,6 +83,7 @@ def complete(config: DictConfig) -> None:
         config.trb.recipe = recipe
         config.trb.method = method = hydra_config.runtime.choices[METHOD] or ""
         config.trb.policy = policy = _absolute(trb.policy)
+        config.trb.divergence = _absolute(trb.divergence)
         run_dir = trb.run_dir or f"runs/{_run_name(recipe, method, policy, overrides, hydra_config.mode)}"
         config.trb.run_dir = str(Path(run_dir).expanduser().absolute())
         if config.trainer.experiment_name is None:
@@ -136,10 +137,10 @@ def _run_name(recipe: str, method: str, policy: str, overrides: list[str], mode:
     return name
 
 
-def _absolute(policy: str) -> str:
+def _absolute(name: str) -> str:
     """FILE:NAME with the file's whole path, because workers may stand elsewhere."""
-    file, colon, name = policy.rpartition(":")
-    return f"{Path(file).expanduser().absolute()}:{name}" if colon else policy
+    file, colon, rest = name.rpartition(":")
+    return f"{Path(file).expanduser().absolute()}:{rest}" if colon else name
 
 
 def _policy_of(recipe: str) -> str:

@@ -50,7 +50,7 @@ class TrbConfig:
     draft_tokens: gamma >= 1, tokens the student drafts before the teacher reads them.
     loss: how the divergence is computed: over the `full` vocabulary, on `topk` tokens, or of the `sampled` token.
     topk: k >= 1 of the top-k losses.
-    divergence: the loss between student and teacher, a name of verl_trb/divergences.py.
+    divergence: the loss between student and teacher, a name of verl_trb/divergences.py or FILE.py:NAME of one's own.
     divergence_params: its own parameters by name, each a number or a schedule: [step, value] points, steps from 1.
     sft_steps: >= 0; the first so many steps are supervised fine-tuning on the teacher's rollouts.
     distill_weight, reward_weight: of the divergence and of verl's policy gradient of the reward, >= 0, each a number

@@ -9,12 +9,13 @@ q(v). Such a loss is two columns: its term phi_v, and its flux q(v) phi_v'(q(v))
 
 A constant added to phi' changes neither, so derivatives are written without it. A loss is one function:
 
-    @register_divergence("skew_forward", alpha=Parameter(0, 1, open=True))
+    @register_divergence("skew_forward", alpha=Parameter(0, 1, above=True, below=True))
     def skew_forward(prefixes, *, alpha=0.1):
         ...
         return Integrand(term_CV, flux_CV)
 
-and is chosen with `trb.divergence=skew_forward`. chunked_loss.py runs it over many tokens. docs/methods.md lists all.
+and is chosen with `trb.divergence=skew_forward`, or FILE.py:NAME in a file of one's own. chunked_loss.py runs it over
+many tokens. docs/methods.md lists all.
 
 Shapes: C prefixes, V vocabulary. -inf is probability 0; a token that neither model can emit contributes 0. A divergence
 that is infinite (mass of one where the other has none) has the value inf.
@@ -33,7 +34,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from verl_trb.parameters import Parameter
+from verl_trb.parameters import Parameter, run_file
 
 FULL, TOPK, SAMPLED = "full", "topk", "sampled"
 
@@ -140,9 +141,15 @@ def register_divergence(
 
 
 def get_divergence(name: str) -> Divergence:
-    """The loss of that name. Raises ValueError, with the names that come near, if there is none."""
+    """The loss of that name, or after running a file of the user's: FILE.py:NAME.
+
+    Raises ValueError, with the names that come near, if there is none, or if the file cannot be run.
+    """
+    file, _, name = str(name).rpartition(":")
+    if file:
+        run_file(file)
     if name not in _DIVERGENCES:
-        near = difflib.get_close_matches(str(name), _DIVERGENCES, n=3)
+        near = difflib.get_close_matches(name, _DIVERGENCES, n=3)
         hint = (
             f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(divergence_names())}."
         )
@@ -217,7 +224,7 @@ def forward_kl(prefixes: Prefixes) -> Integrand:
     return Integrand(p_CV * _gap(prefixes.logp_teacher_CV, prefixes.logp_student_CV), -p_CV)
 
 
-@register_divergence("jsd", beta=Parameter(0, 1, open=True))
+@register_divergence("jsd", beta=Parameter(0, 1, above=True, below=True))
 def jsd(prefixes: Prefixes, *, beta: float = 0.5) -> Integrand:
     """GKD's generalized Jensen-Shannon divergence (arXiv 2306.13649): beta KL(p || M) + (1 - beta) KL(q || M) with
     M = beta p + (1 - beta) q.
@@ -231,7 +238,7 @@ def jsd(prefixes: Prefixes, *, beta: float = 0.5) -> Integrand:
     return Integrand((logp_CV.exp() * _gap(logp_CV, log_m_CV)).mul_(beta).add_(flux_CV), flux_CV)
 
 
-@register_divergence("skew_forward", alpha=Parameter(0, 1, open=True))
+@register_divergence("skew_forward", alpha=Parameter(0, 1, above=True, below=True))
 def skew_forward(prefixes: Prefixes, *, alpha: float = 0.1) -> Integrand:
     """DistiLLM's skew KL (arXiv 2402.03898): KL(p || alpha p + (1 - alpha) q)."""
     logp_CV, logq_CV = prefixes.logp_teacher_CV, prefixes.logp_student_CV
@@ -241,7 +248,7 @@ def skew_forward(prefixes: Prefixes, *, alpha: float = 0.1) -> Integrand:
     return Integrand(logp_CV.exp() * gap_CV, flux_CV.masked_fill_(logp_CV == -math.inf, 0))
 
 
-@register_divergence("skew_reverse", alpha=Parameter(0, 1, open=True))
+@register_divergence("skew_reverse", alpha=Parameter(0, 1, above=True, below=True))
 def skew_reverse(prefixes: Prefixes, *, alpha: float = 0.1) -> Integrand:
     """DistiLLM's skew reverse KL (arXiv 2402.03898): KL(q || (1 - alpha) p + alpha q)."""
     logp_CV, logq_CV = prefixes.logp_teacher_CV, prefixes.logp_student_CV

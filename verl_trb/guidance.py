@@ -10,8 +10,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from verl_trb.policies import STUDENT, Parameter, Policy, get_policy
-from verl_trb.schedules import annealed_epsilon, piecewise_linear
+from verl_trb.parameters import check_value, value_at
+from verl_trb.parameters import describe as describe_value
+from verl_trb.policies import STUDENT, Policy, get_policy
+from verl_trb.schedules import annealed_epsilon
 
 PARAMS = "trb.policy_params"
 
@@ -48,18 +50,13 @@ def guidance_metrics(trb: Any, step: int) -> dict[str, float]:
     return {"trb/epsilon" if name == "epsilon" else f"trb/param/{name}": float(v) for name, v in values.items()}
 
 
-def value_at(value: float | list[list[float]], step: int) -> float:
-    """A constant, or a schedule of [step, value] points, at a training step."""
-    return piecewise_linear(step, [(s, v) for s, v in value]) if isinstance(value, list) else value
-
-
 def check_guidance(trb: Any) -> None:
     """Raises ValueError, one sentence, for an unknown policy or for parameters that it does not take."""
     policy, given = get_policy(trb.policy), _given(trb)
     for name, value in given.items():
         if name not in policy.parameters:
             raise ValueError(_unknown(policy, name))
-        _check_value(f"{PARAMS}.{name}", value, policy.parameters[name])
+        check_value(f"{PARAMS}.{name}", value, policy.parameters[name])
     for name, parameter in policy.parameters.items():
         if name not in given and name not in policy.defaults and name != "epsilon":
             raise ValueError(f"The rollout policy {policy.name!r} needs {PARAMS}.{name}, {parameter}.")
@@ -83,13 +80,11 @@ def describe(trb: Any) -> str:
     policy, given = get_policy(trb.policy), _given(trb)
     parts = [policy.name]
     for name in policy.parameters:
-        value = given.get(name, policy.defaults.get(name))
+        value: Any = given.get(name, policy.defaults.get(name))
         if name == "epsilon" and value is None:
             parts += [f"ε₀ = {trb.epsilon:g}, K = {trb.warmup_steps}" if policy.warmup else f"ε = {trb.epsilon:g}"]
-        elif isinstance(value, list):
-            parts += [f"{name} {' → '.join(f'{v:g} at step {s:g}' for s, v in value)}"]
         else:
-            parts += [f"{name} = {value:g}"]
+            parts += [f"{name} {'' if isinstance(value, list) else '= '}{describe_value(value)}"]
     if trb.guided_steps is not None:
         parts += [f"guided until step {trb.guided_steps}"]
     return ", ".join(parts)
@@ -106,23 +101,3 @@ def _unknown(policy: Policy, name: str) -> str:
     near = difflib.get_close_matches(name, policy.parameters, n=2)
     hint = f"did you mean {' or '.join(near)}?" if near else f"it takes {', '.join(policy.parameters)}."
     return f"{PARAMS}.{name}: the rollout policy {policy.name!r} has no parameter {name!r}; {hint}"
-
-
-def _check_value(key: str, value: Any, parameter: Parameter) -> None:
-    if isinstance(value, list) and not parameter.whole:
-        if not all(isinstance(point, list) and len(point) == 2 and all(map(_is_number, point)) for point in value):
-            raise ValueError(f"{key} must be a number or a list of [step, value] points, got {value}.")
-        try:
-            piecewise_linear(1, [(s, v) for s, v in value])
-        except ValueError as error:
-            raise ValueError(f"{key}: {error}") from None
-        numbers = [v for _, v in value]
-    else:
-        numbers = [value]
-    for number in numbers:
-        if not _is_number(number) or not parameter.takes(number):
-            raise ValueError(f"{key} must be {parameter}, got {number!r}.")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -89,7 +89,7 @@ def check_objective(trb: Any) -> None:
     divergence, given = get_divergence(trb.divergence), _plain(trb.divergence_params)
     if trb.loss not in divergence.modes:
         raise ValueError(
-            f"trb.divergence={trb.divergence} is not defined for trb.loss={trb.loss}; "
+            f"trb.divergence={divergence.name} is not defined for trb.loss={trb.loss}; "
             f"set trb.loss={' or '.join(divergence.modes)}."
         )
     for name, value in given.items():
@@ -97,13 +97,13 @@ def check_objective(trb: Any) -> None:
             near = difflib.get_close_matches(name, divergence.parameters, n=2)
             takes = f"it takes {', '.join(divergence.parameters)}." if divergence.parameters else "it takes none."
             hint = f"did you mean {' or '.join(near)}?" if near else takes
-            raise ValueError(f"{PARAMS}.{name}: the divergence {trb.divergence!r} has no such parameter; {hint}")
+            raise ValueError(f"{PARAMS}.{name}: the divergence {divergence.name!r} has no such parameter; {hint}")
         check_value(f"{PARAMS}.{name}", value, divergence.parameters[name])
 
 
 def describe_objective(trb: Any) -> str:
     """The objective in one phrase, for the screen."""
-    name = trb.divergence.replace("_kl", " KL").replace("_", " ")
+    name = get_divergence(trb.divergence).name.replace("_kl", " KL").replace("_", " ")
     params = [f"{key} = {describe(value)}" for key, value in _plain(trb.divergence_params).items()]
     parts = [", ".join([name, *params, trb.loss])]
     if trb.sft_steps:

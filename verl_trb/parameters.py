@@ -1,13 +1,15 @@
-"""Numbers that a method takes from the configuration: their ranges, and their values at a training step.
+"""Numbers that a policy or a loss takes from the configuration: their ranges, and their values at a training step.
 
 A value is a number or a schedule, a list of [step, value] points with steps counted from 1 (schedules.py), so it is
-a pure function of the step. Imports nothing but the standard library and schedules.py.
+a pure function of the step. Imports neither torch nor verl.
 """
 
 from __future__ import annotations
 
 import math
+import runpy
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from verl_trb.schedules import piecewise_linear
@@ -15,20 +17,29 @@ from verl_trb.schedules import piecewise_linear
 
 @dataclass(frozen=True)
 class Parameter:
-    """The finite numbers in [low, high]; `open` leaves both ends out."""
+    """The values a parameter of a policy or of a loss may take: finite numbers in [low, high].
+
+    above, below: low, high itself is excluded; whole: whole numbers only, and no schedule; student_at: the value at
+    which a policy is the student, so that rollouts with it are not guided at all.
+    """
 
     low: float = -math.inf
     high: float = math.inf
-    open: bool = False
+    above: bool = False
+    below: bool = False
+    whole: bool = False
+    student_at: float | None = None
 
     def takes(self, value: float) -> bool:
-        inside = self.low < value < self.high if self.open else self.low <= value <= self.high
-        return math.isfinite(value) and inside
+        low = value > self.low if self.above else value >= self.low
+        high = value < self.high if self.below else value <= self.high
+        return math.isfinite(value) and low and high and (not self.whole or value == int(value))
 
     def __str__(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
         if math.isfinite(self.high):
-            return f"a number {'strictly ' if self.open else ''}between {self.low:g} and {self.high:g}"
-        return "a number" if self.low == -math.inf else f"a number {'>' if self.open else '>='} {self.low:g}"
+            return f"{kind} {'strictly ' if self.above and self.below else ''}between {self.low:g} and {self.high:g}"
+        return kind if self.low == -math.inf else f"{kind} {'>' if self.above else '>='} {self.low:g}"
 
 
 def value_at(value: float | list[list[float]], step: int) -> float:
@@ -41,7 +52,7 @@ def check_value(key: str, value: Any, parameter: Parameter) -> None:
     parameter's range.
     """
     numbers = [value]
-    if isinstance(value, list):
+    if isinstance(value, list) and not parameter.whole:
         if not all(isinstance(point, list) and len(point) == 2 and all(map(_is_number, point)) for point in value):
             raise ValueError(f"{key} must be a number or a list of [step, value] points, got {value}.")
         try:
@@ -59,6 +70,15 @@ def describe(value: float | list[list[float]]) -> str:
     if isinstance(value, list):
         return " → ".join(f"{v:g} at step {s:g}" for s, v in value)
     return f"{value:g}"
+
+
+@cache
+def run_file(file: str) -> None:
+    """Runs a file of the user's, which registers a policy or a loss, once. Raises ValueError if it cannot be run."""
+    try:
+        runpy.run_path(file)
+    except Exception as error:
+        raise ValueError(f"{file} cannot be run: {type(error).__name__}: {error}") from error
 
 
 def _is_number(value: Any) -> bool:

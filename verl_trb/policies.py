@@ -17,42 +17,16 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-import runpy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 
 import torch
 from torch import Tensor
 
+from verl_trb.parameters import Parameter, run_file
 from verl_trb.trust_region import Blend, blend
 
 STUDENT = "student"
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """The values a parameter of a policy may take: finite numbers in [low, high].
-
-    above: low itself is excluded; whole: whole numbers only, and no schedule; student_at: the value at which the
-    policy is the student, so that rollouts with it are not guided at all.
-    """
-
-    low: float = -math.inf
-    high: float = math.inf
-    above: bool = False
-    whole: bool = False
-    student_at: float | None = None
-
-    def takes(self, value: float) -> bool:
-        low = value > self.low if self.above else value >= self.low
-        return math.isfinite(value) and low and value <= self.high and (not self.whole or value == int(value))
-
-    def __str__(self) -> str:
-        kind = "a whole number" if self.whole else "a number"
-        if math.isfinite(self.high):
-            return f"{kind} between {self.low:g} and {self.high:g}"
-        return kind if self.low == -math.inf else f"{kind} {'>' if self.above else '>='} {self.low:g}"
 
 
 @dataclass(frozen=True)
@@ -64,6 +38,8 @@ class Policy:
     warmup: without trb.guided_steps it guides the first trb.warmup_steps steps, epsilon falling to 0; other policies
       guide the whole run.
     marks_corrections: rollouts tell the trainer which of their tokens are corrections, see rollout/sampler.py.
+    weightable: pi_S / mu is fit to be an importance weight; False where mu all but excludes tokens that the student
+      likes, so that few rollouts would carry nearly all the weight.
     """
 
     name: str
@@ -73,6 +49,7 @@ class Policy:
     needs_teacher: bool = True
     warmup: bool = False
     marks_corrections: bool = False
+    weightable: bool = True
 
     def __call__(self, logp_student_NV: Tensor, logp_teacher_NV: Tensor, **values: float) -> Blend:
         return self.rule(logp_student_NV, logp_teacher_NV, **values)
@@ -87,6 +64,7 @@ def register_policy(
     needs_teacher: bool = True,
     warmup: bool = False,
     marks_corrections: bool = False,
+    weightable: bool = True,
     **ranges: Parameter,
 ) -> Callable[[Callable[..., Blend]], Callable[..., Blend]]:
     """Decorator that makes a function available as `trb.policy=name`.
@@ -101,7 +79,8 @@ def register_policy(
         keywords = [p for p in inspect.signature(rule).parameters.values() if p.kind is p.KEYWORD_ONLY]
         parameters = {p.name: ranges.get(p.name, Parameter()) for p in keywords}
         defaults = {p.name: p.default for p in keywords if p.default is not p.empty}
-        _POLICIES[name] = Policy(name, rule, parameters, defaults, needs_teacher, warmup, marks_corrections)
+        kinds = (needs_teacher, warmup, marks_corrections, weightable)
+        _POLICIES[name] = Policy(name, rule, parameters, defaults, *kinds)
         return rule
 
     return register
@@ -114,20 +93,12 @@ def get_policy(name: str) -> Policy:
     """
     file, _, name = str(name).rpartition(":")
     if file:
-        _run_file(file)
+        run_file(file)
     if name not in _POLICIES:
         near = difflib.get_close_matches(name, _POLICIES, n=3)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {policy_names()}."
         raise ValueError(f"There is no rollout policy {name!r}; {hint}")
     return _POLICIES[name]
-
-
-@cache
-def _run_file(file: str) -> None:
-    try:
-        runpy.run_path(file)
-    except Exception as error:
-        raise ValueError(f"{file} cannot be run: {type(error).__name__}: {error}") from error
 
 
 def policy_names() -> list[str]:
@@ -229,13 +200,13 @@ def teacher_mix(logp_student_NV: Tensor, logp_teacher_NV: Tensor, *, alpha: floa
     return from_log_mu(torch.logaddexp(logp_S_NV + _log(1 - alpha), logp_T_NV + _log(alpha)), logp_S_NV)
 
 
-@register_policy("teacher")
+@register_policy("teacher", weightable=False)
 def teacher(logp_student_NV: Tensor, logp_teacher_NV: Tensor) -> Blend:
     """Rollouts from the teacher alone: mu = pi_T."""
     return from_log_mu(logp_teacher_NV, logp_student_NV, beta=1.0)
 
 
-@register_policy("skd", k=Parameter(low=1, whole=True), temperature=Parameter(low=0, above=True))
+@register_policy("skd", weightable=False, k=Parameter(low=1, whole=True), temperature=Parameter(low=0, above=True))
 def skd(logp_student_NV: Tensor, logp_teacher_NV: Tensor, *, k: int = 25, temperature: float = 1.0) -> Blend:
     """Speculative knowledge distillation (arXiv 2410.11325): keep the student's token if it is among the teacher's k
     most likely, else draw from pi_T^(1/temperature), normalized. As a distribution

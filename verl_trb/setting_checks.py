@@ -35,20 +35,18 @@ def check_policy(config: DictConfig) -> None:
         raise UserError(text if "trb.policy" in text or "trb.guided_steps" in text else f"trb.policy: {text}") from None
 
 
-# Rollouts that hardly ever contain some of the student's tokens: pi_S / mu is not bounded by anything.
-UNWEIGHTABLE = ("skd", "teacher")
-
-
 def check_objective(config: DictConfig) -> None:
     """trb.divergence is a registered loss with parameters of its own, and its mode fits the rollouts.
 
     What a single rollout token contributes (trb.loss=sampled, trb.reward_weight) is weighted by pi_S / mu.
     """
     from verl_trb import objective
-    from verl_trb.policies import get_policy, policy_names
+    from verl_trb.policies import get_policy
 
     trb, actor = config.trb, config.actor_rollout_ref.actor
-    if trb.policy not in policy_names():
+    try:
+        policy = get_policy(trb.policy)
+    except ValueError:
         return  # check_policy says so
     try:
         objective.check_objective(trb)
@@ -56,16 +54,16 @@ def check_objective(config: DictConfig) -> None:
         text = str(error)
         raise UserError(text if "trb." in text else f"trb.divergence: {text}") from None
     needs, rewards = objective.needs(trb), objective.ever_rewards(trb)
-    if "corrected_C" in needs and not getattr(get_policy(trb.policy), "marks_corrections", False):
+    if "corrected_C" in needs and not policy.marks_corrections:
         raise UserError(
             f"trb.divergence={trb.divergence} needs rollouts that mark corrected tokens, which trb.policy={trb.policy} "
             "does not; set trb.policy=saki."
         )
-    if (trb.loss == "sampled" or rewards) and trb.policy in UNWEIGHTABLE:
+    if (trb.loss == "sampled" or rewards) and not policy.weightable:
         what = "trb.reward_weight > 0" if rewards else "trb.loss=sampled"
         raise UserError(
-            f"{what} weights every rollout token by pi_S / mu, which has no bound for trb.policy={trb.policy}; choose "
-            "another policy, or trb.loss=full or topk without a reward weight."
+            f"{what} weights every rollout token by pi_S / mu, which trb.policy={trb.policy} makes useless: it hardly "
+            "ever draws some of the student's tokens; choose another policy, or trb.loss=full or topk and no reward."
         )
     correction = config.algorithm.rollout_correction
     if rewards and trb.policy != "student" and correction.rollout_is is None:

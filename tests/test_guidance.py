@@ -93,7 +93,7 @@ def test_a_schedule_for_epsilon_takes_the_place_of_the_annealing():
 def test_settings_as_verl_hands_them_on():
     """Ray workers hold a DictConfig."""
     trb = OmegaConf.create({"trb": {"policy": "temperature", "policy_params": {"temperature": [[1, 0.5], [3, 1]]}}}).trb
-    trb.guided_steps, trb.warmup_steps, trb.epsilon = None, 5, 0.1
+    trb.guided_steps, trb.warmup_steps, trb.epsilon, trb.sft_steps = None, 5, 0.1, 0
     assert guidance(trb, 2) == {"temperature": 0.75}
 
 

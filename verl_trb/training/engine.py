@@ -53,7 +53,7 @@ class DistillationEngine(FSDPEngineWithLMHead):
     def attach_teacher(self, teacher: Teacher, vocabulary: SharedVocabulary, topk: int, chunk_tokens: int) -> None:
         """topk: k of the top-k losses; chunk_tokens: tokens whose logits exist at one time."""
         self.teacher, self.vocabulary, self.topk, self.chunk_tokens = teacher, vocabulary, topk, chunk_tokens
-        self.teacher_seconds = 0.0
+        self.teacher_seconds, self.head.vocabulary = 0.0, vocabulary
 
     def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool):
         objective = objective_of(micro_batch)

@@ -58,11 +58,13 @@ class DistillationHead(SharedLinear):
     """`lm_head` with the same weight and name: checkpoints and weight syncs see no difference."""
 
     request: TokenLossRequest | None = None
+    vocabulary: SharedVocabulary | None = None
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         """Logits [B, T, V]; with a request [B, T, len(COLUMNS)] in float32, 0 at tokens not selected."""
         if self.request is None:
-            return super().forward(hidden_BTD)
+            logits_BTV = super().forward(hidden_BTD)
+            return logits_BTV if self.vocabulary is None else mask_unshared(logits_BTV, self.vocabulary)
         ask = self.request
         losses = loss_from_layers(
             hidden_BTD[ask.select_BT],
@@ -92,6 +94,18 @@ class DistillationHead(SharedLinear):
         )
         columns_BTK = columns_NK.new_zeros(*hidden_BTD.shape[:2], len(COLUMNS))
         return columns_BTK.masked_scatter(ask.select_BT.unsqueeze(-1).expand_as(columns_BTK), columns_NK)
+
+
+def mask_unshared(logits_BTV: Tensor, vocabulary: SharedVocabulary) -> Tensor:
+    """In place, next to no logit for what the rollout engine never draws: without it log-probabilities of plain passes
+    would not be those of the rollouts, and importance weights not 1 on the student's own.
+
+    A finite number, because verl's entropy multiplies it with its probability 0.
+    """
+    least = torch.finfo(logits_BTV.dtype).min / 1000
+    logits_BTV[..., list(vocabulary.masked)] = least
+    logits_BTV[..., vocabulary.size :] = least
+    return logits_BTV
 
 
 class HiddenStatesHead(SharedLinear):

@@ -93,27 +93,25 @@ def blend(
     log_mu_NV = torch.empty(student_NV.shape, dtype=dtype, device=student_NV.device)
     beta_N = torch.zeros_like(epsilon_N)
     kl_N = torch.zeros_like(epsilon_N)
-    for rows in _blocks(student_NV):
+    # On a CPU: as many rows at a time as keep the temporaries in its cache, and one scratch for all blocks.
+    step = max(1, BLOCK_ELEMENTS // size if student_NV.device.type == "cpu" else len(student_NV))
+    scratch_3NV = log_mu_NV.new_empty(3, min(step, len(student_NV)), size)
+    for rows in (slice(start, start + step) for start in range(0, len(student_NV), step)):
+        student_MV, teacher_MV = student_NV[rows].to(dtype), teacher_NV[rows].to(dtype)
         beta_N[rows], kl_N[rows] = _blend_rows(
-            student_NV[rows].to(dtype),
-            teacher_NV[rows].to(dtype),
-            epsilon_N[rows],
-            log_mu_NV[rows],
-            tolerance,
-            max_passes,
+            student_MV, teacher_MV, epsilon_N[rows], tolerance, max_passes, log_mu_NV[rows], scratch_3NV
         )
     return Blend(log_mu_NV.reshape(*batch, size), beta_N.reshape(batch), kl_N.reshape(batch))
 
 
-def _blocks(logp_NV: Tensor) -> Iterator[slice]:
-    """Rows that are solved together: on a CPU as many as keep the temporaries in its cache."""
-    rows, size = logp_NV.shape
-    step = max(1, BLOCK_ELEMENTS // size) if logp_NV.device.type == "cpu" else max(1, rows)
-    return (slice(start, start + step) for start in range(0, rows, step))
-
-
 def _blend_rows(
-    student_NV: Tensor, teacher_NV: Tensor, epsilon_N: Tensor, log_mu_NV: Tensor, tolerance: float, max_passes: int
+    student_NV: Tensor,
+    teacher_NV: Tensor,
+    epsilon_N: Tensor,
+    tolerance: float,
+    max_passes: int,
+    log_mu_NV: Tensor,
+    scratch_3NV: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """`blend` for the rows of one block: beta_N, kl_N; log mu is written to log_mu_NV."""
     budget_N = epsilon_N > 0
@@ -121,7 +119,7 @@ def _blend_rows(
         log_mu_NV.copy_(student_NV)
         return torch.zeros_like(epsilon_N), torch.zeros_like(epsilon_N)
     base_NV, ratio_NV, solution = solve_beta(
-        student_NV, teacher_NV, epsilon_N, tolerance=tolerance, max_passes=max_passes
+        student_NV, teacher_NV, epsilon_N, tolerance=tolerance, max_passes=max_passes, scratch_3NV=scratch_3NV
     )
     beta_N, kl_N = solution.beta_N.where(budget_N, 0.0), solution.kl_N.where(budget_N, 0.0)
     torch.addcmul(base_NV, beta_N[:, None], ratio_NV, out=log_mu_NV).sub_(solution.log_z_N[:, None])
@@ -144,12 +142,14 @@ def solve_beta(
     *,
     tolerance: float = 1e-3,
     max_passes: int = 64,
+    scratch_3NV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Solution]:
     """Bracketed Newton for the largest beta with KL <= epsilon > 0, on f(beta) = sqrt(2 KL), nearly linear.
 
     Returns (base_NV, ratio_NV, solution): log mu = base + beta ratio - log_z on the rows with beta > 0, where
-    about -HUGE stands for probability 0. The first pass looks at both ends (beta = 0 and 1), value and slope of f at each; every further pass is one
-    Newton step. Rows that have converged leave the work; one host synchronization a pass.
+    about -HUGE stands for probability 0. The first pass looks at both ends (beta = 0 and 1), value and slope of
+    f at each; every further pass is one Newton step. Rows that have converged leave the work; one host
+    synchronization a pass. scratch_3NV: where base, ratio and a temporary go (fresh memory costs page faults).
     """
     zero_N, one_N = torch.zeros_like(epsilon_N), torch.ones_like(epsilon_N)
     slack = 4 * torch.finfo(epsilon_N.dtype).eps
@@ -158,13 +158,17 @@ def solve_beta(
     lower_N = epsilon_N * (1 - tolerance) - 3 * slack
     aim_N = (upper_N + torch.maximum(lower_N, zero_N)).clamp_min(0).sqrt()  # f at the middle
 
-    base_NV, ratio_NV, lost_N = _prepare(logp_student_NV, logp_teacher_NV)
-    log_z0_N, centre_N, variance0_N = _moments(base_NV, ratio_NV, zero_N)
+    rows_in = len(logp_student_NV)
+    if scratch_3NV is None:
+        scratch_3NV = logp_student_NV.new_empty(3, *logp_student_NV.shape)
+    base_NV, ratio_NV, scratch_NV = scratch_3NV[:, :rows_in]
+    lost_N = _prepare(logp_student_NV, logp_teacher_NV, base_NV, ratio_NV)
+    log_z0_N, centre_N, variance0_N = _moments(base_NV, ratio_NV, zero_N, scratch_NV)
     # Shifting the ratio changes no mu and no KL; centred, beta E[r] and log Z stay small and do not cancel.
     ratio_NV.sub_(centre_N.nan_to_num(0.0)[:, None])
     kl0_N = torch.log1p(lost_N * (-log_z0_N).exp())  # the limit of KL at beta -> 0
     log_total_N = log_z0_N + kl0_N  # 0 up to rounding of the student's normalization
-    log_z1_N, mean1_N, variance1_N = _moments(base_NV, ratio_NV, one_N)
+    log_z1_N, mean1_N, variance1_N = _moments(base_NV, ratio_NV, one_N, scratch_NV)
     kl1_N = (mean1_N - log_z1_N + log_total_N).clamp_min(0)
 
     teacher_N = kl1_N <= epsilon_N
@@ -189,7 +193,7 @@ def solve_beta(
     for _ in range(max_passes - 1):
         if len(rows) == 0:
             break
-        log_z_M, mean_M, variance_M = _moments(work_base_NV, work_ratio_NV, guess_N)
+        log_z_M, mean_M, variance_M = _moments(work_base_NV, work_ratio_NV, guess_N, scratch_NV)
         passes_N[rows] += 1
         kl_M = (guess_N * mean_M - log_z_M + log_total_N[rows]).clamp_min(0)
         f_M = (2 * kl_M).sqrt()
@@ -209,13 +213,13 @@ def solve_beta(
     return base_NV, ratio_NV, Solution(beta_N, kl_N, log_z_N, passes_N)
 
 
-def _prepare(logp_student_NV: Tensor, logp_teacher_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """base_NV = log pi_S, ratio_NV = log pi_T - log pi_S, and lost_N, the student's mass where the teacher has none.
+def _prepare(logp_student_NV: Tensor, logp_teacher_NV: Tensor, base_NV: Tensor, ratio_NV: Tensor) -> Tensor:
+    """Writes base_NV = log pi_S and ratio_NV = log pi_T - log pi_S; lost_N, the student's mass the teacher lacks.
 
     Tokens that either model gives probability 0 get base -HUGE and ratio 0.
     """
-    base_NV = torch.threshold(logp_student_NV, LOG_ZERO, -HUGE)
-    ratio_NV = torch.threshold(logp_teacher_NV, LOG_ZERO, -HUGE).sub_(base_NV)
+    torch.threshold(logp_student_NV, LOG_ZERO, -HUGE, out=base_NV)
+    torch.threshold(logp_teacher_NV, LOG_ZERO, -HUGE, out=ratio_NV).sub_(base_NV)
     lost_N = torch.zeros_like(base_NV[:, 0])
     # Masked tokens are 0 in both, and their ratio is 0 by now. Only one-sided zeros are left.
     if bool((ratio_NV.amin() < -HUGE / 2) | (ratio_NV.amax() > HUGE / 2)):
@@ -223,15 +227,15 @@ def _prepare(logp_student_NV: Tensor, logp_teacher_NV: Tensor) -> tuple[Tensor, 
         lost_N = torch.where(dead_NV, base_NV, -math.inf).exp().sum(-1)
         base_NV.masked_fill_(dead_NV, -HUGE)
         ratio_NV.masked_fill_(dead_NV, 0)
-    return base_NV, ratio_NV, lost_N
+    return lost_N
 
 
-def _moments(base_NV: Tensor, ratio_NV: Tensor, beta_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _moments(base_NV: Tensor, ratio_NV: Tensor, beta_N: Tensor, scratch_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """log sum_a w, and mean and variance of the ratio under w, for w = e^(base + beta ratio): one pass.
 
     softmax is torch's fastest way to exponentiate; sum_a w follows from w and w / sum_a w at the likeliest token.
     """
-    log_w_NV = torch.addcmul(base_NV, beta_N[:, None], ratio_NV)
+    log_w_NV = torch.addcmul(base_NV, beta_N[:, None], ratio_NV, out=scratch_NV[: len(beta_N)])
     top_N = log_w_NV.amax(-1)
     p_NV = torch.softmax(log_w_NV, -1, out=log_w_NV)
     # softmax sums less accurately than sum, so p adds up to 1 only nearly.

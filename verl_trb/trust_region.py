@@ -11,7 +11,6 @@ Shapes: N rows (prefixes), V vocabulary. `...` is any batch shape, flattened to 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch

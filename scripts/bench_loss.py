@@ -67,7 +67,7 @@ def run_side(options: argparse.Namespace) -> None:
         loss = loss_of(hidden_ND, weight_VD, hidden_NE, weight_VE)
         loss.backward()
         times.append(time.perf_counter() - start)
-        value = float(loss)
+        value = float(loss.detach())
         del loss
     peak = memory("VmHWM") - before
     torch.save([hidden_ND.grad, weight_VD.grad], options.gradients)

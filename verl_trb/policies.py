@@ -15,11 +15,13 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from verl_trb.trust_region import Blend, blend
+from verl_trb.vocabulary import SharedVocabulary, canonicalize
 
 # (logp_student_NV, logp_teacher_NV, epsilon_N, **parameters) -> Blend
 Policy = Callable[..., Blend]
@@ -50,6 +52,40 @@ def get_policy(name: str) -> Policy:
 def policy_names() -> list[str]:
     """All registered names, sorted."""
     return sorted(_POLICIES)
+
+
+@torch.no_grad()
+def behavior(
+    name: str,
+    logp_student_NV: Tensor,
+    teacher_logits_NV: Tensor,
+    epsilon_N: Tensor,
+    *,
+    vocabulary: SharedVocabulary,
+    temperature_N: Tensor | None = None,
+    **parameters: Any,
+) -> Blend:
+    """The policy `name`, from the teacher's logits as its output layer gives them, [N, at least V].
+
+    logp_student_NV: normalized over the shared vocabulary. temperature_N: divides the teacher's logits, [N].
+    For `trb` on a GPU one kernel does all of it (kernels/trust_region_triton.py). Raises ValueError as `get_policy`.
+    """
+    if name == "trb" and logp_student_NV.is_cuda and logp_student_NV.dtype != torch.float64:
+        from verl_trb.kernels.trust_region_triton import blend_logits
+
+        return blend_logits(
+            logp_student_NV,
+            teacher_logits_NV,
+            epsilon_N,
+            vocabulary=vocabulary,
+            temperature_N=temperature_N,
+            **parameters,
+        )[0]
+    logits_NV = teacher_logits_NV[:, : vocabulary.size].float()
+    if temperature_N is not None:
+        logits_NV = logits_NV / temperature_N[:, None]
+    logp_teacher_NV = canonicalize(logits_NV, vocabulary, role="teacher").log_softmax(-1)
+    return get_policy(name)(logp_student_NV, logp_teacher_NV, epsilon_N, **parameters)
 
 
 @torch.no_grad()

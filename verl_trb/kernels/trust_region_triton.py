@@ -26,6 +26,8 @@ from verl_trb.vocabulary import SharedVocabulary
 
 LOG_ZERO = tl.constexpr(-700.0)
 HUGE = tl.constexpr(1e30)
+INF = tl.constexpr(math.inf)
+NAN = tl.constexpr(math.nan)
 # Rounding that is kept away from the budget: 4 units of float32.
 SLACK = tl.constexpr(4 * 2.0**-23)
 
@@ -108,9 +110,9 @@ def _mask(vocabulary: SharedVocabulary, device: torch.device) -> Tensor:
 @triton.jit
 def _read_teacher(teacher, masked, at, size, temperature, eos, eos_logit, MASK: tl.constexpr, MERGE: tl.constexpr):
     """The teacher's canonicalized logits at some ids; -inf beyond the vocabulary."""
-    logit = tl.load(teacher + at, mask=at < size, other=-math.inf).to(tl.float32) / temperature
+    logit = tl.load(teacher + at, mask=at < size, other=-INF).to(tl.float32) / temperature
     if MASK:
-        logit = tl.where(tl.load(masked + at, mask=at < size, other=1) != 0, -math.inf, logit)
+        logit = tl.where(tl.load(masked + at, mask=at < size, other=1) != 0, -INF, logit)
     if MERGE:
         logit = tl.where(at == eos, eos_logit, logit)
     return logit
@@ -126,7 +128,7 @@ def _base_and_ratio(logp_student, logp_teacher):
 @triton.jit
 def _log_add(a, b):
     top = tl.maximum(a, b)
-    return tl.where(top == -math.inf, top, top + tl.log(tl.exp(a - top) + tl.exp(b - top)))
+    return tl.where(top == -INF, top, top + tl.log(tl.exp(a - top) + tl.exp(b - top)))
 
 
 @triton.jit
@@ -227,7 +229,7 @@ def _blend_kernel(
         top1, z1s, first1, second1 = top_lost, none, none, none
         for start in range(0, size, BLOCK):
             at = start + lane
-            logp_student = tl.load(student + at, mask=at < size, other=-math.inf).to(tl.float32)
+            logp_student = tl.load(student + at, mask=at < size, other=-INF).to(tl.float32)
             logit = _read_teacher(teacher, masked, at, size, temperature, student_eos, eos_logit, MASK, MERGE)
             logp_teacher = logit - log_z_teacher
             base, ratio = _base_and_ratio(logp_student, logp_teacher)
@@ -249,12 +251,12 @@ def _blend_kernel(
         lower = epsilon * (1 - tolerance) - 3 * SLACK
         aim = tl.sqrt(tl.maximum(upper + tl.maximum(lower, 0.0), 0.0))
         teacher_fits = kl1 <= epsilon
-        beta = tl.where(teacher_fits, one, tl.where(kl1 > epsilon, zero, kl1 * math.nan))
+        beta = tl.where(teacher_fits, one, tl.where(kl1 > epsilon, zero, kl1 * NAN))
         kl = tl.where(kl1 > epsilon, zero, kl1)
 
         if (kl1 > epsilon) & (kl0 <= upper):
             low_beta, low_f, low_slope = zero, tl.sqrt(2 * kl0), 1.0 / tl.sqrt(variance0)
-            low_slope = tl.where(low_f > 0, math.inf, low_slope)
+            low_slope = tl.where(low_f > 0, INF, low_slope)
             high_beta, high_f = one, tl.sqrt(2 * kl1)
             high_slope = high_f / variance1
             guess = _interpolate(low_beta, low_f, low_slope, high_beta, high_f, high_slope, aim)
@@ -264,7 +266,7 @@ def _blend_kernel(
                 top, z, first, second = zero - HUGE * 1e5, none, none, none
                 for start in range(0, size, BLOCK):
                     at = start + lane
-                    logp_student = tl.load(student + at, mask=at < size, other=-math.inf).to(tl.float32)
+                    logp_student = tl.load(student + at, mask=at < size, other=-INF).to(tl.float32)
                     logit = _read_teacher(teacher, masked, at, size, temperature, student_eos, eos_logit, MASK, MERGE)
                     base, ratio = _base_and_ratio(logp_student, logit - log_z_teacher)
                     ratio = tl.where(base > -HUGE, ratio - centre, 0.0)
@@ -291,7 +293,7 @@ def _blend_kernel(
 
     for start in range(0, size, BLOCK):
         at = start + lane
-        logp_student = tl.load(student + at, mask=at < size, other=-math.inf).to(tl.float32)
+        logp_student = tl.load(student + at, mask=at < size, other=-INF).to(tl.float32)
         result = logp_student
         if beta != 0:  # also where it is NaN
             logit = _read_teacher(teacher, masked, at, size, temperature, student_eos, eos_logit, MASK, MERGE)
@@ -299,7 +301,7 @@ def _blend_kernel(
             result = logp_teacher
             if (beta != 1) | (cut > 0):  # the student's support cuts the teacher's: renormalized
                 base, ratio = _base_and_ratio(logp_student, logp_teacher)
-                result = tl.where(base > -HUGE, base + beta * (ratio - centre) - log_z, -math.inf)
+                result = tl.where(base > -HUGE, base + beta * (ratio - centre) - log_z, -INF)
         tl.store(log_mu + at, result, mask=at < size)
     tl.store(beta_out + row, beta)
     tl.store(kl_out + row, kl)

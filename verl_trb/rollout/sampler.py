@@ -22,11 +22,12 @@ from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from verl_trb.coupling import couple
-from verl_trb.policies import get_policy
+from verl_trb.policies import behavior
 from verl_trb.rollout.request import BlendedRequest
 from verl_trb.rollout.statistics import RolloutStatistics
 from verl_trb.rollout.teacher_gate import TeacherGate
-from verl_trb.vocabulary import SharedVocabulary, canonicalize
+from verl_trb.trust_region import blend
+from verl_trb.vocabulary import SharedVocabulary
 
 
 @dataclass
@@ -149,16 +150,21 @@ class BehaviorSampler(RejectionSampler):
             known_B[index_R] = True
             known_N = known_B.repeat_interleave(drafts_B)
             drafts_N, target_N = drafts_N[known_N], target_N[known_N]
-        logp_teacher_NV = logp_student_NV  # while the teacher is skipped every ε is 0, and μ is π_S whatever π_T is
-        if not self.sampling.gate.skipped:
-            teacher_NV = logits[target_N][:, : vocabulary.size].float()
+        if self.sampling.gate.skipped:  # then every ε is 0, and μ is π_S whatever π_T is
+            blended = blend(logp_student_NV, logp_student_NV, 0.0)
+        else:
+            temperature_N = None
             if sampling_metadata.temperature is not None:
-                temperature_R = sampling_metadata.temperature[index_R]
-                teacher_NV = teacher_NV / temperature_R.repeat_interleave(num_drafts_R).unsqueeze(1)
-            logp_teacher_NV = canonicalize(teacher_NV, vocabulary, role="teacher").log_softmax(-1)
-
-        policy = get_policy(self.sampling.policy)
-        blended = policy(logp_student_NV, logp_teacher_NV, epsilon_N, **self.sampling.policy_params)
+                temperature_N = sampling_metadata.temperature[index_R].repeat_interleave(num_drafts_R)
+            blended = behavior(
+                self.sampling.policy,
+                logp_student_NV,
+                logits[target_N],
+                epsilon_N,
+                vocabulary=vocabulary,
+                temperature_N=temperature_N,
+                **self.sampling.policy_params,
+            )
 
         # Padded [R, G] view of the ragged rows; usually every block is full and nothing is copied.
         width = max(num_drafts)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from verl_trb import policies
-from verl_trb.policies import from_log_mu, get_policy, policy_names, register_policy
+from verl_trb.policies import behavior, from_log_mu, get_policy, policy_names, register_policy
 from verl_trb.trust_region import blend
+from verl_trb.vocabulary import SharedVocabulary
 
 
 def pair(rows=6, size=20):
@@ -75,3 +76,22 @@ def test_a_name_is_taken_once(registry):
         register_policy("trb")(lambda *_: None)
     assert get_policy("trb") is policies.trb
     assert policy_names() == ["student", "trb"]
+
+
+def test_behavior_reads_the_teachers_raw_logits():
+    """Padding rows are cut, the temperature divides, both EOS are one event, masked ids are gone: by hand."""
+    g = torch.Generator().manual_seed(1)
+    size, eos, other = 10, 2, 7
+    vocabulary = SharedVocabulary(size, student_eos=eos, teacher_eos=other, masked=(4, other), marker=4)
+    logp_student = torch.randn(3, size, generator=g).index_fill(-1, torch.tensor([4, other]), -math.inf).log_softmax(-1)
+    raw, temperature = torch.randn(3, size + 6, generator=g), torch.tensor([0.5, 1.0, 2.0])
+    teacher = (raw.double()[:, :size] / temperature[:, None]).softmax(-1)
+    teacher[:, eos] += teacher[:, other]
+    teacher[:, [4, other]] = 0
+    teacher = (teacher / teacher.sum(-1, keepdim=True)).log().float()
+    epsilon = torch.tensor([0.01, 0.1, 100.0])
+    result = behavior("trb", logp_student, raw, epsilon, vocabulary=vocabulary, temperature_N=temperature)
+    expected = blend(logp_student, teacher, epsilon)
+    for ours, theirs in zip(result, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert torch.equal(behavior("student", logp_student, raw, epsilon, vocabulary=vocabulary).log_mu, logp_student)

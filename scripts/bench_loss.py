@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from verl_trb.divergences import linear_reverse_kl
+from verl_trb.chunked_loss import loss_from_layers
 
 GIB = 2**30
 
@@ -38,7 +38,7 @@ def naive(student_ND: Tensor, student_VD: Tensor, teacher_NE: Tensor, teacher_VE
 
 
 def ours(student_ND: Tensor, student_VD: Tensor, teacher_NE: Tensor, teacher_VE: Tensor) -> Tensor:
-    return linear_reverse_kl(student_ND, student_VD, teacher_NE, teacher_VE).loss_N.mean()
+    return loss_from_layers(student_ND, student_VD, teacher_NE, teacher_VE).loss_N.mean()
 
 
 SIDES = {"naive": naive, "ours": ours}

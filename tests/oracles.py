@@ -81,7 +81,8 @@ def topk_loss(logits_student: Tensor, logits_teacher: Tensor, k: int) -> Tensor:
     loss = p.new_zeros(())
     for v in support:
         constant = float(p[v].detach())
-        advantage = constant / mass * (math.log(float(q[v])) - math.log(constant))
+        log_target = math.log(float(q[v])) if q[v] > 0 else -math.inf
+        advantage = constant / mass * (log_target - math.log(constant))
         loss = loss - advantage * p[v] / constant
     return loss
 

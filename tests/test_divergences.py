@@ -1,373 +1,343 @@
-"""Losses and their gradients against naive float64 references."""
+"""Every loss, value and gradient, against its definition in float64; single samples; the registry."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
+from functools import partial
 
-import oracles
+import loss_oracles
 import pytest
 import torch
+from loss_oracles import Row
+from torch import Tensor
 
-from verl_trb.divergences import chunked_reverse_kl, linear_reverse_kl, sampled_advantage, token_logp
+from verl_trb import divergences
+from verl_trb.chunked_loss import loss_from_layers, loss_from_logits
+from verl_trb.divergences import (
+    Integrand,
+    Prefixes,
+    divergence_names,
+    get_divergence,
+    register_divergence,
+    sampled_advantage,
+)
+from verl_trb.parameters import Parameter
 from verl_trb.trust_region import blend
 from verl_trb.vocabulary import canonicalize, share_vocabulary
 
 INF = math.inf
-
-
-def logits(rows=7, size=13, scale=2.0, seed=0, dtype=torch.float64):
-    g = torch.Generator().manual_seed(seed)
-    return [(scale * torch.randn(rows, size, generator=g, dtype=torch.float64)).to(dtype) for _ in range(2)]
-
-
-def reference(loss_of_row, student, teacher, weight):
-    """Loss of each row and the gradient of sum(weight * loss), row by row in float64."""
-    leaf = student.double().detach().clone().requires_grad_()
-    loss = torch.stack([loss_of_row(leaf[i], teacher[i].double()) for i in range(len(leaf))])
-    (loss * weight.double()).sum().backward()
-    return loss.detach(), leaf.grad
-
-
-def shared(size=13, student_eos=4, teacher_eos=9, student_rows=13, teacher_rows=13):
-    ids = {f"t{i}": i for i in range(size)}
-    return share_vocabulary(
-        ids,
-        ids,
-        student_eos=student_eos,
-        teacher_eos=teacher_eos,
-        student_rows=student_rows,
-        teacher_rows=teacher_rows,
-        spare_ids=[0],
-    )
-
-
-LOSSES = [
-    (None, oracles.reverse_kl),
-    *((k, lambda s, t, k=k: oracles.topk_loss(s, t, k)) for k in (1, 4, 13)),
+ROWS, SIZE, K = 7, 13, 4
+TOKENS = torch.tensor([0, 3, 4, 5, 8, 10, 12])
+CORRECTED = torch.tensor([True, False, True, False, False, True, False])
+ROW = [Row(int(t), bool(c)) for t, c in zip(TOKENS, CORRECTED, strict=True)]
+# The logits below have teacher entropies between 1.2 and 2.1 nats: the threshold of 1.6 divides them.
+CASES: list[tuple[str, dict[str, float]]] = [
+    ("reverse_kl", {}),
+    ("forward_kl", {}),
+    ("jsd", {"beta": 0.1}),
+    ("jsd", {"beta": 0.9}),
+    ("skew_forward", {"alpha": 0.1}),
+    ("skew_reverse", {"alpha": 0.1}),
+    ("veto", {"beta": 0.0}),
+    ("veto", {"beta": 0.6}),
+    ("veto", {"beta": 1.0}),
+    ("eopd", {"threshold": 1.6, "weight": 0.7}),
+    ("saki", {}),
+    ("cross_entropy", {}),
+]
+FORMS = [
+    *(("full", name, params) for name, params in CASES),
+    *(("topk", name, params) for name, params in CASES if "topk" in get_divergence(name).modes),
 ]
 PRECISION = {
     torch.float64: {"rtol": 1e-9, "atol": 1e-12},
     torch.float32: {"rtol": 1e-4, "atol": 1e-5},
-    torch.bfloat16: {"rtol": 2e-2, "atol": 1e-3},
+    torch.bfloat16: {"rtol": 2e-2, "atol": 4e-3},
 }
+forms = pytest.mark.parametrize(("mode", "name", "params"), FORMS)
+
+
+def logits(rows: int = ROWS, size: int = SIZE, seed: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return [(2.0 * torch.randn(rows, size, generator=g, dtype=torch.float64)).to(dtype) for _ in range(2)]
+
+
+def oracle(mode: str, name: str, params: dict[str, float]) -> Callable[[Tensor, Tensor, Row], Tensor]:
+    return partial(getattr(loss_oracles, f"topk_{name}" if mode == "topk" else name), **params, **k_of(mode))
+
+
+def k_of(mode: str) -> dict[str, int]:
+    return {"k": K} if mode == "topk" else {}
+
+
+def reference(of_row: Callable[..., Tensor], student: Tensor, teacher: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of each row and the gradient of sum(weight * loss), row by row in float64."""
+    leaf = student.double().detach().clone().requires_grad_()
+    loss = torch.stack([of_row(leaf[i], teacher[i].double(), ROW[i]) for i in range(len(leaf))])
+    (loss * weight.double()).sum().backward()
+    assert leaf.grad is not None
+    return loss.detach(), leaf.grad
+
+
+def compute(mode: str, name: str, params: dict[str, float], student: Tensor, teacher: Tensor, **how: object) -> Tensor:
+    rule = get_divergence(name).rule(mode, K, params)
+    more = {"token_N": TOKENS, "corrected_N": CORRECTED} | how
+    return loss_from_logits(student, teacher, divergence=rule, **more).loss_N
+
+
+def test_every_loss_has_an_oracle():
+    assert {name for name, _ in CASES} | {"exopd"} == set(divergence_names())
+    threshold = torch.special.entr(logits()[1].softmax(-1)).sum(-1) > 1.6
+    assert threshold.any() and not threshold.all()
 
 
 @pytest.mark.parametrize("dtype", list(PRECISION))
-@pytest.mark.parametrize("chunk_tokens", [1, 3, 100])
-@pytest.mark.parametrize(("topk", "oracle"), LOSSES)
-def test_value_and_gradient_from_logits(topk, oracle, chunk_tokens, dtype):
-    """For any weighting of the tokens; the gradient has the logits' dtype, the loss is float32 at least."""
+@forms
+def test_value_and_gradient(mode: str, name: str, params: dict[str, float], dtype: torch.dtype):
+    """In chunks of 3, for a weighting of the tokens; float32 and bfloat16 inputs too."""
     student, teacher = logits(dtype=dtype)
-    weight = torch.linspace(-1, 2, len(student))
-    expected, expected_grad = reference(oracle, student, teacher, weight)
-    student.requires_grad_()
-    out = chunked_reverse_kl(student, teacher, topk=topk, chunk_tokens=chunk_tokens)
-    (out.loss_N * weight).sum().backward()
+    weight = torch.linspace(-1, 2, ROWS)
+    expected, expected_grad = reference(oracle(mode, name, params), student, teacher, weight)
+    loss = compute(mode, name, params, student.requires_grad_(), teacher, chunk_tokens=3)
+    (loss * weight).sum().backward()
     value = PRECISION[torch.float64 if dtype == torch.float64 else torch.float32]
-    torch.testing.assert_close(out.loss_N.double(), expected, **value)
+    torch.testing.assert_close(loss.double(), expected, **value)
     torch.testing.assert_close(student.grad.double(), expected_grad, **PRECISION[dtype])
-    assert student.grad.dtype == dtype and out.loss_N.dtype == torch.promote_types(dtype, torch.float32)
+    assert student.grad.dtype == dtype and loss.dtype == torch.promote_types(dtype, torch.float32)
 
 
-@pytest.mark.parametrize("dtype", list(PRECISION))
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("topk", "oracle"), LOSSES[:3])
-def test_value_and_gradient_through_output_layers(topk, oracle, bias, dtype):
-    """Hidden sizes differ, the temperature is not 1, 7 tokens in chunks of 3."""
-    g = torch.Generator().manual_seed(0)
-    shapes = {
-        "hidden": (7, 5),
-        "weight": (13, 5),
-        "hidden_t": (7, 8),
-        "weight_t": (13, 8),
-        "b": (13,),
-        "b_t": (13,),
-    }
-    x = {name: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype) for name, shape in shapes.items()}
-    weight = torch.linspace(-1, 2, 7, dtype=torch.float64)
-    leaves = {name: x[name].clone().requires_grad_() for name in ("hidden", "weight", "b")}
-    exact = {name: x[name].double().requires_grad_() for name in ("hidden", "weight", "b")}
-    temperature = 0.7
-    z_s = (exact["hidden"] @ exact["weight"].T + bias * exact["b"]) / temperature
-    z_t = (x["hidden_t"].double() @ x["weight_t"].double().T + bias * x["b_t"].double()) / temperature
-    expected = torch.stack([oracle(z_s[i], z_t[i]) for i in range(7)])
-    (expected * weight).sum().backward()
-
-    out = linear_reverse_kl(
-        leaves["hidden"],
-        leaves["weight"],
-        x["hidden_t"].requires_grad_(),
-        x["weight_t"].requires_grad_(),
-        bias_student_V=leaves["b"] if bias else None,
-        bias_teacher_V=x["b_t"] if bias else None,
-        temperature=temperature,
-        topk=topk,
-        chunk_tokens=3,
-    )
-    (out.loss_N * weight).sum().backward()
-    close = PRECISION[dtype] if dtype != torch.bfloat16 else {"rtol": 5e-2, "atol": 0.15}  # bfloat16 products
-    torch.testing.assert_close(out.loss_N.double(), expected.detach(), **close)
-    for name in ("hidden", "weight", "b") if bias else ("hidden", "weight"):
-        assert leaves[name].grad.dtype == dtype
-        torch.testing.assert_close(leaves[name].grad.double(), exact[name].grad, **close)
-    assert x["hidden_t"].grad is None and x["weight_t"].grad is None
+@forms
+def test_chunk_size_changes_nothing(mode: str, name: str, params: dict[str, float]):
+    student, teacher = logits()
+    results = []
+    for chunk_tokens in (1, 3, 100):
+        leaf = student.clone().requires_grad_()
+        loss = compute(mode, name, params, leaf, teacher, chunk_tokens=chunk_tokens)
+        loss.sum().backward()
+        results.append((loss.detach(), leaf.grad))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("topk", [None, 4])
-@pytest.mark.parametrize("use", ["loss", "logp", "both"])
-def test_rollout_tokens_through_output_layers(use, topk):
-    """Log-probabilities of given tokens next to the loss: values, and gradients of mixtures."""
-    vocabulary = shared(11, 4, 9, 13, 12)
-    g = torch.Generator().manual_seed(0)
-    hidden, weight, hidden_t, weight_t = (
-        torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((7, 5), (13, 5), (7, 4), (12, 4))
-    )
-    tokens = torch.tensor([0, 1, 4, 4, 6, 8, 10])
-    scale_loss = torch.linspace(-1, 2, 7).double() * (use != "logp")
-    scale_logp = torch.linspace(3, -2, 7).double() * (use != "loss")
+@forms
+def test_through_output_layers(mode: str, name: str, params: dict[str, float]):
+    """Padded rows of different number, two EOS, temperature 0.7; loss, log q of the tokens, gradient of a mixture."""
+    ids = {f"t{i}": i for i in range(11)}
+    vocabulary = share_vocabulary(ids, ids, student_eos=4, teacher_eos=9, student_rows=13, teacher_rows=12)
+    g = torch.Generator().manual_seed(1)
+    shapes = ((ROWS, 5), (13, 5), (ROWS, 4), (12, 4))
+    hidden, weight, hidden_t, weight_t = (torch.randn(*s, generator=g, dtype=torch.float64) for s in shapes)
+    rows = [Row(min(row.token, 8), row.corrected) for row in ROW]
+    tokens = torch.tensor([row.token for row in rows])
+    a, b = torch.linspace(-1, 2, ROWS).double(), torch.linspace(3, -2, ROWS).double()
+
     exact = [x.clone().requires_grad_() for x in (hidden, weight)]
     z_s = canonicalize(exact[0] @ exact[1].T / 0.7, vocabulary, "student")
     z_t = canonicalize(hidden_t @ weight_t.T / 0.7, vocabulary, "teacher")
-    oracle = oracles.reverse_kl if topk is None else lambda s, t: oracles.topk_loss(s, t, topk)
-    loss = torch.stack([oracle(z_s[i], z_t[i]) for i in range(7)])
-    logp, logp_t = (z.log_softmax(-1)[range(7), tokens] for z in (z_s, z_t))
-    (loss * scale_loss + logp * scale_logp).sum().backward()
+    # The oracles see the tokens that exist; what is masked in both models must not matter.
+    live = [i for i in range(11) if i not in vocabulary.masked]
+    seen = [Row(live.index(row.token), row.corrected) for row in rows]
+    of_row = oracle(mode, name, params)
+    expected = torch.stack([of_row(z_s[i, live], z_t[i, live], seen[i]) for i in range(ROWS)])
+    logp = z_s.log_softmax(-1)[range(ROWS), tokens]
+    (expected * a + logp * b).sum().backward()
 
     leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
-    how = {"temperature": 0.7, "topk": topk, "vocabulary": vocabulary, "chunk_tokens": 3, "token_N": tokens}
-    out = linear_reverse_kl(*leaves, hidden_t, weight_t, **how)
-    torch.testing.assert_close(out.loss_N, loss)
-    torch.testing.assert_close(out.logp_student_N, logp)
-    torch.testing.assert_close(out.logp_teacher_N, logp_t)
-    torch.testing.assert_close(out.reverse_kl_N[0], oracles.reverse_kl(z_s[0], z_t[0]))
-    assert not out.logp_teacher_N.requires_grad
-    (out.loss_N * scale_loss + out.logp_student_N * scale_logp).sum().backward()
-    for leaf, expected in zip(leaves, exact, strict=True):
-        torch.testing.assert_close(leaf.grad, expected.grad)
+    out = loss_from_layers(
+        leaves[0],
+        leaves[1],
+        hidden_t,
+        weight_t,
+        temperature=0.7,
+        divergence=get_divergence(name).rule(mode, K, params),
+        vocabulary=vocabulary,
+        chunk_tokens=3,
+        token_N=tokens,
+        corrected_N=CORRECTED,
+    )
+    torch.testing.assert_close(out.loss_N, expected)
+    torch.testing.assert_close(
+        out.reverse_kl_N,
+        torch.stack([loss_oracles.reverse_kl(*z, Row()) for z in zip(z_s[:, live], z_t[:, live], strict=True)]),
+    )
+    (out.loss_N * a + out.logp_student_N * b).sum().backward()
+    for leaf, other in zip(leaves, exact, strict=True):
+        torch.testing.assert_close(leaf.grad, other.grad)
 
 
-def test_frozen_parts_get_no_gradient():
-    hidden, weight = torch.randn(4, 3, requires_grad=True), torch.randn(6, 3)
-    linear_reverse_kl(hidden, weight, torch.randn(4, 2), torch.randn(6, 2)).loss_N.sum().backward()
-    assert hidden.grad is not None and weight.grad is None
-    student, teacher = logits(dtype=torch.float32)
-    with torch.no_grad():
-        assert not chunked_reverse_kl(student.requires_grad_(), teacher).loss_N.requires_grad
-
-
-@pytest.mark.parametrize("topk", [None, 4])
-def test_statistics(topk):
-    """Exact KL and both entropies come with either loss, without gradient."""
+@forms
+def test_masked_tokens_contribute_nothing(mode: str, name: str, params: dict[str, float]):
+    """-inf in both models: loss and gradient as without those columns, and 0 in them."""
     student, teacher = logits()
-    out = chunked_reverse_kl(student.requires_grad_(), teacher, topk=topk, chunk_tokens=2)
-    for i in range(len(student)):
-        p, q = oracles.probabilities(student[i].detach()), oracles.probabilities(teacher[i])
-        assert float(out.reverse_kl_N[i]) == pytest.approx(oracles.kl(p, q), rel=1e-9)
-        assert float(out.student_entropy_N[i]) == pytest.approx(-sum(p * [math.log(a) for a in p]), rel=1e-9)
-        assert float(out.teacher_entropy_N[i]) == pytest.approx(-sum(q * [math.log(a) for a in q]), rel=1e-9)
-    assert not out.reverse_kl_N.requires_grad and not out.teacher_entropy_N.requires_grad
-
-
-def test_topk_gradient_is_not_that_of_the_truncated_sum():
-    """The values agree; the truncated sum, differentiated, pulls elsewhere. With k = V the two are one."""
-    student, teacher = logits()
-    for k, same in ((4, False), (13, True)):
-        leaf = student.clone().requires_grad_()
-        out = chunked_reverse_kl(leaf, teacher, topk=k)
-        out.loss_N.sum().backward()
-        one = torch.ones(len(student))
-        value, grad = reference(lambda s, t, k=k: oracles.truncated_kl(s, t, k), student, teacher, one)
-        torch.testing.assert_close(out.loss_N.detach(), value)
-        assert torch.allclose(leaf.grad, grad, atol=1e-6) == same
-        if not same:
-            assert (leaf.grad - grad).norm() > 0.1 * grad.norm()
-
-
-@pytest.mark.parametrize("topk", [None, 5])
-def test_masked_tokens_contribute_nothing(topk):
-    """-inf in both models: the same loss and gradient as without those columns; even for k beyond them."""
-    student, teacher = logits()
-    gone = [1, 5, 12, 2, 3, 4, 6, 7, 8]
-    left = [i for i in range(13) if i not in gone]
-    small_student = student[:, left].clone().requires_grad_()
-    small = chunked_reverse_kl(small_student, teacher[:, left], topk=topk)
-    small.loss_N.sum().backward()
+    gone = [1, 2, 6, 7]
+    left = [i for i in range(SIZE) if i not in gone]
+    small = student[:, left].clone().requires_grad_()
+    tokens = torch.tensor([left.index(int(t)) for t in TOKENS])
+    expected = compute(mode, name, params, small, teacher[:, left], token_N=tokens)
+    expected.sum().backward()
     student[:, gone], teacher[:, gone] = -INF, -INF
-    out = chunked_reverse_kl(student.requires_grad_(), teacher, topk=topk)
-    out.loss_N.sum().backward()
-    for a, b in zip(out, small, strict=True):
-        torch.testing.assert_close(a, b)
-    torch.testing.assert_close(student.grad[:, left], small_student.grad)
+    loss = compute(mode, name, params, student.requires_grad_(), teacher)
+    loss.sum().backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(student.grad[:, left], small.grad)
     assert not student.grad[:, gone].any()
 
 
-@pytest.mark.parametrize("topk", [None, 4])
-def test_student_mass_where_the_teacher_has_none_costs_infinity(topk):
+FINITE = {"jsd", "skew_forward", "skew_reverse", "cross_entropy"}
+
+
+@forms
+def test_mass_where_the_other_has_none(mode: str, name: str, params: dict[str, float]):
+    """Where only one model has -inf the value is the definition's, inf or not; where it is finite so is the gradient,
+    and a row of weight 0 poisons no other."""
     student, teacher = logits()
-    teacher[2, student[2].argmax()] = -INF
-    out = chunked_reverse_kl(student.requires_grad_(), teacher, topk=topk)
-    assert out.loss_N[2] == INF and out.loss_N[[0, 1, 3]].isfinite().all()
-    # A token the loss is not averaged over (weight 0) must not poison the others.
-    (out.loss_N * torch.tensor([1.0, 1, 0, 1, 1, 1, 1])).nan_to_num().sum().backward()
-    assert student.grad.isfinite().all() and not student.grad[2].any()
+    teacher[3, student[3].argmax()] = -INF
+    student[6, 1] = -INF
+    expected = torch.stack([oracle(mode, name, params)(student[i], teacher[i], ROW[i]) for i in range(ROWS)])
+    loss = compute(mode, name, params, student.requires_grad_(), teacher)
+    torch.testing.assert_close(loss.detach(), expected)
+    if name in FINITE:
+        assert loss.isfinite().all()
+    keep = torch.tensor([1.0, 1, 1, 0, 1, 1, 0]) if not loss.isfinite().all() else torch.ones(ROWS)
+    (loss.nan_to_num(posinf=0) * keep).sum().backward()
+    assert student.grad.isfinite().all()
 
 
-def test_identical_models_cost_nothing():
-    student, _ = logits(scale=8.0, dtype=torch.float32)
-    for topk in (None, 4):
-        leaf = student.clone().requires_grad_()
-        out = chunked_reverse_kl(leaf, student.clone(), topk=topk)
-        out.loss_N.sum().backward()
-        assert not out.loss_N.any() and not leaf.grad.any()
+# Not 0 at teacher = student: the value, the gradient. By construction, see their docstrings.
+NONZERO = {
+    ("full", "veto", 0.6): (True, True),
+    ("full", "veto", 1.0): (True, True),
+    ("topk", "veto", 0.6): (True, True),
+    ("topk", "veto", 1.0): (True, True),
+    ("full", "saki", None): (True, True),
+    ("topk", "saki", None): (True, True),
+    ("full", "cross_entropy", None): (True, True),
+    ("topk", "cross_entropy", None): (True, True),
+    ("topk", "forward_kl", None): (False, True),
+    ("topk", "eopd", None): (False, True),
+}
 
 
-@pytest.mark.parametrize("topk", [None, 4])
-@pytest.mark.parametrize(("student_eos", "teacher_eos"), [(4, 9), (9, 4), (4, 4)])
-def test_shared_vocabulary_in_both_paths(student_eos, teacher_eos, topk):
-    """Padded rows and two EOS: as if canonicalized before; padding rows get no gradient."""
-    vocabulary = shared(11, student_eos, teacher_eos, 13, 16)
-    g = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(6, 5, generator=g).double(), torch.randn(13, 5, generator=g).double()
-    hidden_t, weight_t = torch.randn(6, 4, generator=g).double(), torch.randn(16, 4, generator=g).double()
-    weight.requires_grad_()
-    student, teacher = hidden @ weight.T, hidden_t @ weight_t.T
-    student.retain_grad()
-    both = [canonicalize(z, vocabulary, role) for z, role in ((student, "student"), (teacher, "teacher"))]
-    expected = chunked_reverse_kl(*both, topk=topk).loss_N
-    from_logits = chunked_reverse_kl(student, teacher, topk=topk, vocabulary=vocabulary, chunk_tokens=4)
-    from_function = chunked_reverse_kl(student, lambda rows: teacher[rows], topk=topk, vocabulary=vocabulary)
-    linear = linear_reverse_kl(hidden, weight, hidden_t, weight_t, topk=topk, vocabulary=vocabulary, chunk_tokens=4)
-    grads = []
-    for loss in (expected, from_logits.loss_N, from_function.loss_N, linear.loss_N):
-        torch.testing.assert_close(loss, expected)
-        grads.append(torch.autograd.grad(loss.sum(), weight, retain_graph=True)[0])
-        torch.testing.assert_close(grads[-1], grads[0])
-    assert grads[0].any() and not grads[0][11:].any()
-    assert all(not grads[0][i].any() for i in vocabulary.masked)
-
-
-def test_second_backward_is_refused():
-    student, teacher = logits()
-    loss = chunked_reverse_kl(student.requires_grad_(), teacher).loss_N.sum()
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="compute the loss again"):
-        loss.backward()
-
-
-class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-    """Records the largest float32 tensor any operation makes."""
-
-    def __init__(self):
-        super().__init__()
-        self.numbers = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, torch.Tensor) and x.dtype == torch.float32:
-                self.numbers = max(self.numbers, x.untyped_storage().nbytes() // 4)
-        return out
-
-
-def test_no_large_float32_tensor():
-    """Forward and backward of N = 64 tokens in chunks of 4, V = 1000: the largest is a chunk, not N x V."""
-    student, teacher = logits(64, 1000, dtype=torch.bfloat16)
-    g = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(64, 4, generator=g).bfloat16(), torch.randn(1000, 4, generator=g).bfloat16()
-    hidden.requires_grad_(), weight.requires_grad_(), student.requires_grad_()
-    with Largest() as largest:
-        chunked_reverse_kl(student, teacher, chunk_tokens=4).loss_N.mean().backward()
-        linear_reverse_kl(hidden, weight, hidden.detach(), -weight.detach(), chunk_tokens=4).loss_N.mean().backward()
-    assert 0 < largest.numbers <= 4 * 1000
-    with Largest() as largest:  # the instrument sees a larger chunk
-        chunked_reverse_kl(student, teacher, chunk_tokens=8)
-    assert largest.numbers == 8 * 1000
-
-
-def test_qwen_sized_vocabulary_in_float32():
-    """V = 151,936 in float32 against the float64 sum: value and gradient."""
-    student, teacher = logits(2, 151_936, dtype=torch.float32)
-    out = chunked_reverse_kl(student.requires_grad_(), teacher, chunk_tokens=1)
-    out.loss_N.sum().backward()
-    logp, logq = student.detach().double().log_softmax(-1), teacher.double().log_softmax(-1)
-    kl = (logp.exp() * (logp - logq)).sum(-1)
-    torch.testing.assert_close(out.loss_N.double(), kl, rtol=1e-5, atol=0)
-    expected = logp.exp() * (logp - logq - kl[:, None])
-    assert (student.grad - expected).abs().sum() < 1e-4 * expected.abs().sum()
-
-
-@pytest.mark.parametrize("vocabulary", [None, shared(11, 4, 9, 13, 13)])
-@pytest.mark.parametrize("role", ["student", "teacher"])
-def test_token_logp(vocabulary, role):
+@forms
+def test_identical_models(mode: str, name: str, params: dict[str, float]):
     student, _ = logits()
-    tokens = torch.tensor([0, 1, 2, 4, 4, 6, 10])
-    if vocabulary is not None:
-        tokens[0] = 3
-    leaf, exact = student.clone().requires_grad_(), student.clone().requires_grad_()
-    weight = torch.linspace(-1, 2, 7, dtype=torch.float64)
-    z = exact if vocabulary is None else canonicalize(exact, vocabulary, role)
-    expected = z.log_softmax(-1)[range(7), tokens]
-    got = token_logp(leaf, tokens, vocabulary=vocabulary, role=role, chunk_tokens=3)
-    torch.testing.assert_close(got, expected)
-    if role == "student":
-        (expected * weight).sum().backward()
-        (got * weight).sum().backward()
-        torch.testing.assert_close(leaf.grad, exact.grad)
+    student.requires_grad_()
+    loss = compute(mode, name, params, student, student.detach().clone())
+    loss.sum().backward()
+    value, gradient = NONZERO.get((mode, name, params.get("beta")), (False, False))
+    assert (loss.abs().max() > 1e-3) == value, loss
+    assert (student.grad.abs().max() > 1e-3) == gradient
+    if not value:
+        assert loss.abs().max() < 1e-12
+    if not gradient:
+        assert student.grad.abs().max() < 1e-12
 
 
-def test_sampled_advantage_gives_the_reverse_kl_gradient():
+@pytest.mark.parametrize("beta", [1e-6, 1 - 1e-6])
+def test_generalized_jsd_tends_to_either_kl(beta: float):
+    """Divided by beta to forward KL, divided by 1 - beta to reverse KL: GKD's normalization."""
+    student, teacher = logits()
+    scaled = compute("full", "jsd", {"beta": beta}, student, teacher) / min(beta, 1 - beta)
+    other = compute("full", "forward_kl" if beta < 0.5 else "reverse_kl", {}, student, teacher)
+    torch.testing.assert_close(scaled, other, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(("name", "params"), [c for c in CASES if "sampled" in get_divergence(c[0]).modes])
+def test_single_sample_gives_the_gradient_of_the_loss(name: str, params: dict[str, float]):
+    """Every token weighted by its probability under TRB's mu: the policy gradient is that of the full loss, exactly;
+    without the weight q / mu it is not."""
+    student, teacher = logits()
+    weight = torch.ones(ROWS)
+    _, expected = reference(oracle("full", name, params), student, teacher, weight)
+    logq, logp = student.log_softmax(-1), teacher.log_softmax(-1)
+    log_mu = blend(logq, logp, 0.2).log_mu.double()
+    rule = get_divergence(name).rule("sampled", K, params)
+
+    def gradient(behavior: Tensor) -> Tensor:
+        each = Prefixes(logq.reshape(-1, 1), logp.reshape(-1, 1))
+        advantage = sampled_advantage(rule, each, behavior.reshape(-1)).reshape(ROWS, SIZE)
+        leaf = student.clone().requires_grad_()
+        (-(log_mu.exp() * advantage) * leaf.log_softmax(-1)).sum().backward()
+        return leaf.grad
+
+    torch.testing.assert_close(gradient(log_mu), expected, rtol=1e-5, atol=1e-6)
+    assert (gradient(logq) - expected).norm() > 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 1.25])
+def test_exopd(scale: float):
+    """Its single-sample gradient is that of KL to the extrapolated target; scale 1 is reverse KL."""
+    student, teacher = logits()
+    reference_logits = logits(seed=5)[0]
+    leaf = student.clone().requires_grad_()
+    rows = zip(leaf, teacher, reference_logits, strict=True)
+    torch.stack([loss_oracles.exopd(s, t, r, scale) for s, t, r in rows]).sum().backward()
+    logq, logp, logr = (z.log_softmax(-1).reshape(-1, 1) for z in (student, teacher, reference_logits))
+    each = Prefixes(logq, logp, logp_reference_CV=logr)
+    rule = get_divergence("exopd").rule("sampled", K, {"scale": scale})
+    advantage = sampled_advantage(rule, each, logq.squeeze(-1)).reshape(ROWS, SIZE)
+    other = student.clone().requires_grad_()
+    (-(other.detach().softmax(-1) * advantage) * other.log_softmax(-1)).sum().backward()
+    torch.testing.assert_close(other.grad, leaf.grad)
+
+
+def test_sampled_gradient_over_sequences():
     """Every sequence of 2 tokens over 4, drawn from TRB's mu, enumerated: the expected policy gradient is
-    that of the per-prefix reverse KL on the prefixes mu visits. Without the weight pi_S/mu it is biased.
-    """
+    that of the per-prefix reverse KL on the prefixes mu visits. Without the weight q / mu it is biased."""
     size = 4
     student, teacher = logits(1 + size, size, seed=3)  # row 0: the empty prefix; row 1 + a: after token a
     student.requires_grad_()
     logp_s, logp_t = student.log_softmax(-1), teacher.log_softmax(-1)
     log_mu = blend(logp_s.detach(), logp_t, 0.2).log_mu
     visits = torch.cat([torch.ones(1), log_mu[0].exp()]).double()
-    exact = (visits * torch.stack([oracles.reverse_kl(student[i], teacher[i]) for i in range(1 + size)])).sum()
+    exact = (visits * torch.stack([loss_oracles.reverse_kl(student[i], teacher[i], Row()) for i in range(5)])).sum()
     exact_grad = torch.autograd.grad(exact, student)[0]
-
     sequences = torch.tensor(list(itertools.product(range(size), repeat=2)))
-    prefixes = torch.stack([torch.zeros(len(sequences), dtype=torch.long), 1 + sequences[:, 0]], 1)
-    s, t, m = (table[prefixes, sequences] for table in (logp_s, logp_t, log_mu))
-    probability = m.sum(-1, keepdim=True).exp()
-    mask = torch.ones_like(sequences)
+    places = torch.stack([torch.zeros(len(sequences), dtype=torch.long), 1 + sequences[:, 0]], 1)
+    s, t, m = (table[places, sequences].reshape(-1) for table in (logp_s, logp_t, log_mu))
+    probability = m.reshape(-1, 2).sum(-1).exp().repeat_interleave(2)
 
-    def gradient(behavior):
-        advantage = sampled_advantage(s, t, behavior, mask).double()
+    def gradient(behavior: Tensor) -> Tensor:
+        advantage = sampled_advantage(divergences.reverse_kl, Prefixes(s[:, None], t[:, None]), behavior)
         assert not advantage.requires_grad
         return torch.autograd.grad(-(probability * advantage * s).sum(), student, retain_graph=True)[0]
 
     torch.testing.assert_close(gradient(m), exact_grad, rtol=1e-5, atol=1e-6)
-    biased = gradient(s)  # weight 1: as if the tokens had come from the student
+    biased = gradient(s.detach())  # weight 1: as if the tokens had come from the student
     assert (biased - exact_grad).norm() > 0.1 * exact_grad.norm()
 
 
-def test_sampled_advantage_values():
-    s, t, m = (torch.tensor([[a, -INF]]) for a in (-1.0, -3.0, -0.5))
-    advantage = sampled_advantage(s, t, m, torch.tensor([[1, 0]]))
-    torch.testing.assert_close(advantage, torch.tensor([[math.exp(-0.5) * -2.0, 0.0]]))
+def test_a_loss_of_ones_own():
+    """Ten lines: the squared Hellinger distance; and a name is taken once."""
+
+    def hellinger(prefixes: Prefixes, *, weight: float = 1.0) -> Integrand:
+        root_q, root_p = (prefixes.logp_student_CV / 2).exp(), (prefixes.logp_teacher_CV / 2).exp()
+        return Integrand(weight * (root_q - root_p).square(), weight * root_q * (root_q - root_p))
+
+    register_divergence("hellinger", weight=Parameter(0))(hellinger)
+    try:
+        student, teacher = logits()
+
+        def by_definition(s: Tensor, t: Tensor, row: Row) -> Tensor:
+            pairs = zip(loss_oracles.softmax(s), loss_oracles.softmax(t), strict=True)
+            return sum((2 * (a**0.5 - b**0.5) ** 2 for a, b in pairs), torch.zeros((), dtype=torch.float64))
+
+        expected, gradient = reference(by_definition, student, teacher, torch.ones(ROWS))
+        loss = compute("full", "hellinger", {"weight": 2.0}, student.requires_grad_(), teacher)
+        loss.sum().backward()
+        torch.testing.assert_close((loss.detach(), student.grad), (expected, gradient))
+        with pytest.raises(ValueError, match="registered already"):
+            register_divergence("hellinger")(hellinger)
+    finally:
+        del divergences._DIVERGENCES["hellinger"]
 
 
-def test_no_tokens_at_all():
-    out = chunked_reverse_kl(torch.zeros(0, 5, requires_grad=True), torch.zeros(0, 5))
-    out.loss_N.sum().backward()
-    assert out.loss_N.shape == (0,)
-
-
-def test_wrong_input():
-    student, teacher = logits()
-    hidden, weight = torch.zeros(7, 3), torch.zeros(13, 3)
-    for words, call in (
-        ("topk", lambda: chunked_reverse_kl(student, teacher, topk=0)),
-        ("chunk_tokens", lambda: chunked_reverse_kl(student, teacher, chunk_tokens=0)),
-        ("7 tokens", lambda: chunked_reverse_kl(student, teacher[:3])),
-        ("shape", lambda: chunked_reverse_kl(student, teacher[:, :5])),
-        ("logits must be", lambda: chunked_reverse_kl(student[None], lambda rows: teacher)),
-        ("temperature", lambda: linear_reverse_kl(hidden, weight, hidden, weight, temperature=0.0)),
-        ("7 and 6 tokens", lambda: linear_reverse_kl(hidden, weight, hidden[:6], weight)),
-    ):
-        with pytest.raises(ValueError, match=words):
-            call()
+def test_registry_refuses():
+    with pytest.raises(ValueError, match="no divergence 'foward_kl'; did you mean 'forward_kl'"):
+        get_divergence("foward_kl")
+    with pytest.raises(ValueError, match="there are cross_entropy, eopd"):
+        get_divergence("zzzz")
+    with pytest.raises(ValueError, match="forward_kl is not defined for loss=sampled, only for full, topk"):
+        get_divergence("forward_kl").rule("sampled", K, {})

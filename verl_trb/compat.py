@@ -36,7 +36,7 @@ INTERFACES: dict[str, tuple[str, ...]] = {
     ),
     "verl.plugin.platform.platform_base": ("PlatformBase",),
     "verl.trainer.constants_ppo": ("get_ppo_ray_runtime_env",),
-    "verl.trainer.ppo.core_algos": ("agg_loss", "get_adv_estimator_fn", "register_adv_est"),
+    "verl.trainer.ppo.core_algos": ("agg_loss", "get_policy_loss_fn"),
     "verl.trainer.ppo.v1.trainer_base": (
         "PPOTrainer._build_replay_buffer",
         "PPOTrainer._init_resource_pool_mgr",

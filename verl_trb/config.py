@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from verl_trb.errors import ConfigError
+from verl_trb.parameters import Parameter, check_value, value_at
 
 LOSSES = ("full", "topk", "sampled")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -46,8 +47,13 @@ class TrbConfig:
     epsilon: epsilon_0, the trust region's size at the first step, nats per token, >= 0.
     warmup_steps: K >= 1, steps after which rollouts are the student's own.
     draft_tokens: gamma >= 1, tokens the student drafts before the teacher reads them.
-    loss: reverse KL over the `full` vocabulary, on the student's `topk`, or of the `sampled` token.
-    topk: k >= 1 of the top-k loss.
+    loss: how the divergence is computed: over the `full` vocabulary, on `topk` tokens, or of the `sampled` token.
+    topk: k >= 1 of the top-k losses.
+    divergence: the loss between student and teacher, a name of verl_trb/divergences.py.
+    divergence_params: its own parameters by name, each a number or a schedule: [step, value] points, steps from 1.
+    sft_steps: >= 0; the first so many steps are supervised fine-tuning on the teacher's rollouts.
+    distill_weight, reward_weight: of the divergence and of verl's policy gradient of the reward, >= 0, each a number
+      or a schedule. Without distill_weight the teacher is not read.
     loss_chunk_tokens: tokens whose float32 logits exist at one time, >= 1.
     seed: of data order, rollouts and of what `prepare` makes, >= 0.
     prepare: a task whose models and data are made at first use and cached; null uses what the paths name.
@@ -65,6 +71,11 @@ class TrbConfig:
     draft_tokens: int = 4
     loss: str = "full"
     topk: int = 16
+    divergence: str = "reverse_kl"
+    divergence_params: dict[str, Any] = field(default_factory=dict)
+    sft_steps: int = 0
+    distill_weight: Any = 1.0
+    reward_weight: Any = 0.0
     loss_chunk_tokens: int = 1024
     seed: int = 0
     prepare: str | None = None
@@ -88,6 +99,31 @@ class TrbConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"trb.{name} must be >= 1 ({meaning}), got {getattr(self, name)}.")
         _one_of("trb.loss", self.loss, LOSSES)
+        if self.sft_steps < 0:
+            raise ConfigError(f"trb.sft_steps must be >= 0 (steps of supervised fine-tuning), got {self.sft_steps}.")
+        _check_weights(self.distill_weight, self.reward_weight, self.sft_steps)
+
+
+def _check_weights(distill: Any, reward: Any, sft_steps: int) -> None:
+    """Both are numbers or schedules >= 0, never 0 together; rewards of teacher rollouts are not trained on."""
+    try:
+        check_value("trb.distill_weight", distill, Parameter(low=0))
+        check_value("trb.reward_weight", reward, Parameter(low=0))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    # Linear in between, so both can be 0 only where they are at one of these steps too.
+    ends = {max(1, int(step)) for value in (distill, reward) if isinstance(value, list) for step, _ in value}
+    for step in sorted({1, *ends}):
+        if value_at(distill, step) == value_at(reward, step) == 0:
+            raise ConfigError(
+                f"trb.distill_weight and trb.reward_weight are both 0 at step {step}: nothing is trained."
+            )
+    for step in range(1, sft_steps + 1):
+        if value_at(reward, step) > 0:
+            raise ConfigError(
+                f"trb.reward_weight is {value_at(reward, step):g} at step {step}, but the first trb.sft_steps="
+                f"{sft_steps} steps have the teacher's rollouts, no use to the student's policy gradient; let it rise later."
+            )
 
 
 def trb_config(config: DictConfig) -> TrbConfig:

@@ -1,380 +1,348 @@
-"""Training losses: reverse KL from student to teacher at every visited prefix, in three forms.
+"""Training losses: what is summed over the vocabulary at a visited prefix, and its gradient, written by hand.
 
-  full     KL(pi_S || pi_T) over the whole vocabulary, exact
-  topk     the paper's form on the student's k most likely tokens (arXiv 2605.31159 with 2604.13016)
-  sampled  a policy-gradient advantage from the rollout token alone
+q is the student's next-token distribution, p the teacher's. Most losses are a sum over tokens v of a function phi_v of
+q(v). Such a loss is two columns: its term phi_v, and its flux q(v) phi_v'(q(v)). The rest follows:
 
-Full and top-k integrate the action out, so rollouts from mu need no importance weights; `sampled` does.
-The large ones work in chunks of tokens: no float32 [N, V] tensor of either model outlives a chunk. Gradients
-are written by hand (one line each) and flow to the student only.
+  value              sum_v term_v
+  gradient           flux_v - q(v) sum_u flux_u, with respect to the student's logits
+  single sample      advantage -flux_v / q(v) of a token v ~ q, an unbiased policy gradient of the same loss
 
-Shapes: N tokens (prefixes), C tokens of a chunk, V vocabulary, D and E hidden sizes of student and teacher,
-B x T a padded batch of responses. -inf logits in both models (masked tokens) contribute nothing; where only
-the teacher has -inf, KL is inf as it should be.
+A constant added to phi' changes neither, so derivatives are written without it. A loss is one function:
+
+    @register_divergence("skew_forward", alpha=Parameter(0, 1, open=True))
+    def skew_forward(prefixes, *, alpha=0.1):
+        ...
+        return Integrand(term_CV, flux_CV)
+
+and is chosen with `trb.divergence=skew_forward`. chunked_loss.py runs it over many tokens. docs/methods.md lists all.
+
+Shapes: C prefixes, V vocabulary. -inf is probability 0; a token that neither model can emit contributes 0. A divergence
+that is infinite (mass of one where the other has none) has the value inf.
 """
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from verl_trb.exact_rows import Scratch, exact_gradient, exact_rows
-from verl_trb.vocabulary import Role, SharedVocabulary, canonicalize
+from verl_trb.parameters import Parameter
 
-# (student logits of a chunk, its rows, upstream_JC or None)
-#   -> (values_KC, and sum_j upstream_j d values_j / d logits over the shared vocabulary or None)
-RowLoss = Callable[[Tensor, slice, Tensor | None], tuple[Tensor, Tensor | None]]
-
-# Logits of a chunk on a CPU, at most. More save no time; five buffers of this size are 335 MB in float32.
-CPU_CHUNK = 2**24
+FULL, TOPK, SAMPLED = "full", "topk", "sampled"
 
 
-class TokenLoss(NamedTuple):
-    """Per token, float32 [N]: the loss (with gradient), and without gradient the exact reverse KL and both
-    entropies in nats. Where rollout tokens were given, also their log pi_S (with gradient) and log pi_T."""
+@dataclass
+class Prefixes:
+    """What a loss may look at. Not to be modified.
 
-    loss_N: Tensor
-    reverse_kl_N: Tensor
-    student_entropy_N: Tensor
-    teacher_entropy_N: Tensor
-    logp_student_N: Tensor | None = None
-    logp_teacher_N: Tensor | None = None
-
-
-def chunked_reverse_kl(
-    logits_student_NV: Tensor,
-    logits_teacher: Tensor | Callable[[slice], Tensor],
-    *,
-    topk: int | None = None,
-    vocabulary: SharedVocabulary | None = None,
-    chunk_tokens: int = 1024,
-) -> TokenLoss:
-    """The reverse KL of every token from student logits that exist already (in the model's dtype).
-
-    logits_student_NV: divided by the temperature; padding rows of the output layer may still be there.
-    logits_teacher: the same for the teacher, [N, rows], or a function that gives them for a slice of tokens,
-      for example its output layer. It is asked once per chunk.
-    topk: None for the exact loss, k for the paper's form.
-    vocabulary: cuts and canonicalizes both; None if both have one vocabulary of one size.
-
-    The gradient is made in the forward pass, chunk by chunk, in the student's dtype: as large as the gradient
-    autograd would hold, and the teacher's output layer runs once. Hence backward works once. Raises
-    ValueError for shapes, topk or chunk_tokens that make no sense.
+    logp_student_CV, logp_teacher_CV: normalized log-probabilities, float32 or float64. In `sampled` mode V is 1: they
+      belong to the rollout token alone.
+    token_C: int64, the rollout token. corrected_C: bool, where it replaced a rejected draft of the student's.
+    logp_reference_CV: of the reference model, `sampled` mode only.
     """
-    teacher = _rows_of(logits_teacher, logits_student_NV.shape[0])
-    row_loss = _reverse_kl_rows(teacher, topk, vocabulary, None, Scratch())
-    return TokenLoss(*_from_logits(logits_student_NV, row_loss, 4, chunk_tokens))
+
+    logp_student_CV: Tensor
+    logp_teacher_CV: Tensor
+    token_C: Tensor | None = None
+    corrected_C: Tensor | None = None
+    logp_reference_CV: Tensor | None = None
+
+    @cached_property
+    def student_CV(self) -> Tensor:
+        return self.logp_student_CV.exp()
+
+    @cached_property
+    def student_entropy_C(self) -> Tensor:
+        """In nats, like the teacher's."""
+        return torch.special.entr(self.student_CV).sum(-1)
+
+    @cached_property
+    def teacher_entropy_C(self) -> Tensor:
+        return torch.special.entr(self.logp_teacher_CV.exp()).sum(-1)
 
 
-def linear_reverse_kl(
-    hidden_student_ND: Tensor,
-    weight_student_VD: Tensor,
-    hidden_teacher_NE: Tensor,
-    weight_teacher_VE: Tensor,
-    *,
-    bias_student_V: Tensor | None = None,
-    bias_teacher_V: Tensor | None = None,
-    temperature: float = 1.0,
-    topk: int | None = None,
-    vocabulary: SharedVocabulary | None = None,
-    chunk_tokens: int = 1024,
-    token_N: Tensor | None = None,
-) -> TokenLoss:
-    """The reverse KL of every token through both output layers, whose logits exist for one chunk at a time.
+class Integrand(NamedTuple):
+    """A loss over the vocabulary, [C, V] each; both may be one tensor."""
 
-    Like `chunked_reverse_kl`, but nothing of size N x V is ever kept, in any dtype: backward computes each
-    chunk again. Gradients flow to the student's hidden states, weight and bias. Both distributions are taken
-    at `temperature`. Products run in the hidden states' dtype, the rest in float32. On a CPU a chunk has no more
-    than CPU_CHUNK logits, whatever chunk_tokens allows.
-    token_N: int64, the rollout token at each position, for its log-probabilities.
+    term_CV: Tensor
+    flux_CV: Tensor
+
+    @property
+    def value_C(self) -> Tensor:
+        return self.term_CV.sum(-1)
+
+    def gradient_CV(self, student_CV: Tensor) -> Tensor:
+        """With respect to the student's logits; a new tensor."""
+        return torch.addcmul(self.flux_CV, student_CV, self.flux_CV.sum(-1, keepdim=True), value=-1)
+
+
+# (prefixes, **parameters) -> Integrand; the top-k form of a loss also takes k.
+Rule = Callable[..., Integrand]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A registered loss. modes: by the values of `trb.loss` that it is defined for, the function that computes it.
+
+    parameters: their ranges; defaults: of those that have one; needs: fields of Prefixes it cannot do without.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, but is {temperature}.")
-    if hidden_student_ND.shape[0] != hidden_teacher_NE.shape[0]:
-        raise ValueError(
-            f"student and teacher have {hidden_student_ND.shape[0]} and {hidden_teacher_NE.shape[0]} tokens."
+
+    name: str
+    modes: dict[str, Rule]
+    parameters: dict[str, Parameter]
+    defaults: dict[str, float]
+    needs: tuple[str, ...]
+
+    def rule(self, mode: str, k: int, params: Mapping[str, float]) -> Callable[[Prefixes], Integrand]:
+        """The function of the prefixes alone. Raises ValueError for a mode that the loss is not defined for."""
+        if mode not in self.modes:
+            raise ValueError(f"{self.name} is not defined for loss={mode}, only for {', '.join(self.modes)}.")
+        keywords = ({"k": k} if mode == TOPK else {}) | dict(params)
+        return partial(self.modes[mode], **keywords) if keywords else self.modes[mode]
+
+
+_DIVERGENCES: dict[str, Divergence] = {}
+
+
+def register_divergence(
+    name: str,
+    *,
+    modes: tuple[str, ...] = (FULL, SAMPLED),
+    topk: Rule | None = None,
+    needs: tuple[str, ...] = (),
+    **ranges: Parameter,
+) -> Callable[[Rule], Rule]:
+    """Decorator that makes a function available as `trb.divergence=name`.
+
+    modes: what the function computes; a function whose flux looks beyond its own token, or is as large as the inverse
+      of a probability, has no `sampled` mode. topk: the function of the `topk` mode, if the loss has one.
+    ranges: of its keyword-only arguments, which are its parameters. Raises ValueError if the name is taken.
+    """
+
+    def register(rule: Rule) -> Rule:
+        if name in _DIVERGENCES:
+            raise ValueError(f"The divergence {name!r} is registered already; choose another name.")
+        keywords = [p for p in inspect.signature(rule).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        rules = dict.fromkeys(modes, rule) | ({TOPK: topk} if topk else {})
+        parameters = {p.name: ranges.get(p.name, Parameter()) for p in keywords}
+        defaults = {p.name: p.default for p in keywords if p.default is not p.empty}
+        _DIVERGENCES[name] = Divergence(name, rules, parameters, defaults, needs)
+        return rule
+
+    return register
+
+
+def get_divergence(name: str) -> Divergence:
+    """The loss of that name. Raises ValueError, with the names that come near, if there is none."""
+    if name not in _DIVERGENCES:
+        near = difflib.get_close_matches(str(name), _DIVERGENCES, n=3)
+        hint = (
+            f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(divergence_names())}."
         )
-    if vocabulary is not None:  # padding rows need no logits
-        weight_student_VD = weight_student_VD[: vocabulary.size]
-        bias_student_V = None if bias_student_V is None else bias_student_V[: vocabulary.size]
-
-    scratch = Scratch()
-    layer_teacher = (weight_teacher_VE, bias_teacher_V, temperature)
-
-    def teacher(rows: slice) -> Tensor:
-        return _logits(hidden_teacher_NE[rows].detach(), *layer_teacher, scratch, "teacher")
-
-    row_loss = _reverse_kl_rows(teacher, topk, vocabulary, token_N, scratch)
-    layer = (hidden_student_ND, weight_student_VD, bias_student_V)
-    if token_N is None:
-        return TokenLoss(*_Linear.apply(*layer, row_loss, 4, 1, chunk_tokens, temperature, scratch))
-    loss_N, logp_student_N, kl_N, entropy_N, entropy_teacher_N, logp_teacher_N = _Linear.apply(
-        *layer, row_loss, 6, 2, chunk_tokens, temperature, scratch
-    )
-    return TokenLoss(loss_N, kl_N, entropy_N, entropy_teacher_N, logp_student_N, logp_teacher_N)
+        raise ValueError(f"There is no divergence {name!r}; {hint}")
+    return _DIVERGENCES[name]
 
 
-def token_logp(
-    logits_NV: Tensor,
-    tokens_N: Tensor,
-    *,
-    vocabulary: SharedVocabulary | None = None,
-    role: Role = "student",
-    chunk_tokens: int = 1024,
-) -> Tensor:
-    """log pi(token) of every token, float32 [N], with gradient to the logits; chunked like the losses."""
-
-    def row_loss(logits_CV: Tensor, rows: slice, upstream_JC: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        logp_CV = _shared_logp(logits_CV, vocabulary, role)
-        token_C1 = tokens_N[rows, None]
-        value_C = logp_CV.gather(-1, token_C1).squeeze(-1)
-        return value_C[None], None if upstream_JC is None else _logp_gradient(logp_CV, token_C1, upstream_JC[0])
-
-    return _from_logits(logits_NV, row_loss, 1, chunk_tokens)[0]
+def divergence_names() -> list[str]:
+    """All registered names, sorted."""
+    return sorted(_DIVERGENCES)
 
 
-def sampled_advantage(
-    logp_student_BT: Tensor, logp_teacher_BT: Tensor, logp_behavior_BT: Tensor, mask_BT: Tensor
-) -> Tensor:
-    """The sampled-token reverse-KL advantage, pi_S/mu (log pi_T - log pi_S) of the rollout token, [B, T].
+def sampled_advantage(rule: Callable[[Prefixes], Integrand], prefixes: Prefixes, log_mu_C: Tensor) -> Tensor:
+    """The advantage of rollout tokens drawn from mu, -flux / mu, [C], without gradient.
 
-    Its policy gradient, the mean of advantage * grad log pi_S, is minus the gradient of the per-prefix
-    reverse KL. The weight pi_S/mu is needed because the tokens were drawn from mu (logp_behavior_BT = log mu)
-    and not from pi_S; without it the gradient is biased. No gradient flows through it; 0 where the mask is 0.
+    The mean of advantage * grad log q(token) is minus the gradient of the loss at the visited prefixes: -flux / q
+    would be the advantage under q, and q / mu is the importance weight. For reverse KL that is the weighted
+    log-ratio, q / mu (log p - log q); without the weight the gradient is biased.
+
+    prefixes: log-probabilities of the rollout tokens, [C, 1]; log_mu_C: of what they were drawn from.
     """
-    keep_BT = mask_BT.bool()
-    student_BT, teacher_BT, behavior_BT = (
-        logp.detach().float().masked_fill(~keep_BT, 0.0)
-        for logp in (logp_student_BT, logp_teacher_BT, logp_behavior_BT)
-    )
-    return (student_BT - behavior_BT).exp() * (teacher_BT - student_BT)
+    with torch.no_grad():
+        return -rule(prefixes).flux_CV.squeeze(-1) * (-log_mu_C).exp()
 
 
-def reverse_kl(logp_student_CV: Tensor, logp_teacher_CV: Tensor) -> Tensor:
-    """KL(pi_S || pi_T) per row."""
-    gap_CV = (logp_student_CV - logp_teacher_CV).masked_fill_(logp_student_CV == -math.inf, 0)
-    return (logp_student_CV.exp() * gap_CV).sum(-1)
+# ------------------------------------------------------------------------------------------ top-k forms
 
 
-def topk_reverse_kl(
-    logp_student_CV: Tensor, logp_teacher_CV: Tensor, k: int, with_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The paper's top-k loss per row, -sum_v A_v ratio_v, and its gradient for the student's logits.
+def topk_reverse_kl(prefixes: Prefixes, k: int) -> Integrand:
+    """The paper's top-k loss, -sum_v A_v ratio_v (arXiv 2605.31159 with 2604.13016).
 
-    v runs over the student's k most likely tokens; w = pi_S renormalized on them, A_v = w_v (log pi_T(v) -
-    log pi_S(v)) is a constant, ratio_v = pi_S(v) / stop_gradient(pi_S(v)) = 1. So the gradient is
-    -sum_v A_v (e_v - pi_S): *not* the one of sum_v w_v (log pi_S(v) - log pi_T(v)) differentiated directly.
+    v runs over the student's k most likely tokens; w = q renormalized on them, A_v = w_v (log p(v) - log q(v)) is a
+    constant, ratio_v = q(v) / stop_gradient(q(v)) = 1. So the gradient is -sum_v A_v (e_v - q): *not* the one of
+    sum_v w_v (log q(v) - log p(v)) differentiated directly.
     """
-    top_CK, index_CK = logp_student_CV.topk(min(k, logp_student_CV.shape[-1]), dim=-1)
-    gap_CK = (logp_teacher_CV.gather(-1, index_CK) - top_CK).masked_fill_(top_CK == -math.inf, 0)
-    advantage_CK = top_CK.softmax(-1) * gap_CK
-    total_C = advantage_CK.sum(-1)
-    if not with_grad:
-        return -total_C, None
-    return -total_C, (logp_student_CV.exp() * total_C[:, None]).scatter_add_(-1, index_CK, -advantage_CK)
+    return _topk_to_target(prefixes, prefixes.logp_teacher_CV, k)
 
 
-def _logp_gradient(logp_CV: Tensor, token_C1: Tensor, upstream_C: Tensor) -> Tensor:
-    """upstream * d log pi(token) / d logits, (e_token - pi) upstream."""
-    grad_CV = logp_CV.exp().mul_(-upstream_C[:, None])
-    return grad_CV.scatter_add_(-1, token_C1, upstream_C[:, None].to(grad_CV.dtype))
+def topk_forward_kl(prefixes: Prefixes, k: int) -> Integrand:
+    """sum_v p(v) (log p(v) - log q(v)) over the teacher's k most likely tokens, nothing renormalized.
+
+    It can be negative, and at q = p its gradient is not 0: it moves mass into the support.
+    """
+    top_CK, index_CK = prefixes.logp_teacher_CV.topk(min(k, prefixes.logp_teacher_CV.shape[-1]), dim=-1)
+    p_CK = top_CK.exp()
+    gap_CK = (top_CK - prefixes.logp_student_CV.gather(-1, index_CK)).masked_fill_(top_CK == -math.inf, 0)
+    zeros_CV = torch.zeros_like(prefixes.logp_student_CV)
+    return Integrand(zeros_CV.scatter(-1, index_CK, p_CK * gap_CK), zeros_CV.scatter_(-1, index_CK, -p_CK))
 
 
-def _reverse_kl_rows(
-    teacher: Callable[[slice], Tensor],
-    topk: int | None,
-    vocabulary: SharedVocabulary | None,
-    token_N: Tensor | None,
-    scratch: Scratch,
-) -> RowLoss:
-    """The row loss of both public functions: loss, reverse KL, entropies of student and teacher; with tokens
-    loss, log pi_S (both differentiable), reverse KL, the entropies, log pi_T."""
-    if topk is not None and topk < 1:
-        raise ValueError(f"topk must be at least 1, but is {topk}.")
-
-    def exact_loss(logits_CV: Tensor, rows: slice, upstream_JC: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        student_CV = _shared_logits(logits_CV, vocabulary, "student")
-        teacher_CV = _shared_logits(teacher(rows), vocabulary, "teacher")
-        _check_shapes(student_CV, teacher_CV)
-        exact = exact_rows(student_CV, teacher_CV, scratch)
-        token_C1 = None if token_N is None else token_N[rows, None]
-        logps = []
-        if token_C1 is not None:
-            pairs = ((student_CV, exact.student_log_z_C), (teacher_CV, exact.teacher_log_z_C))
-            logps = [logits.gather(-1, token_C1).squeeze(-1) - log_z_C for logits, log_z_C in pairs]
-        entropies = exact.student_entropy_C, exact.teacher_entropy_C
-        values_KC = torch.stack([exact.kl_C, *logps[:1], exact.kl_C, *entropies, *logps[1:]])
-        if upstream_JC is None:
-            return values_KC, None
-        return values_KC, exact_gradient(exact, upstream_JC[0], None if token_C1 is None else upstream_JC[1], token_C1)
-
-    def row_loss(logits_CV: Tensor, rows: slice, upstream_JC: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        with_grad = upstream_JC is not None
-        logp_student_CV = _shared_logp(logits_CV, vocabulary, "student")
-        logp_teacher_CV = _shared_logp(teacher(rows), vocabulary, "teacher")
-        _check_shapes(logp_student_CV, logp_teacher_CV)
-        kl_C = reverse_kl(logp_student_CV, logp_teacher_CV)
-        loss_C, grad_CV = topk_reverse_kl(logp_student_CV, logp_teacher_CV, topk or 1, with_grad)
-        if grad_CV is not None and upstream_JC is not None:
-            grad_CV = _scale_rows(grad_CV, upstream_JC[0])
-        logps = []
-        if token_N is not None:
-            token_C1 = token_N[rows, None]
-            logps = [logp_CV.gather(-1, token_C1).squeeze(-1) for logp_CV in (logp_student_CV, logp_teacher_CV)]
-            if grad_CV is not None and upstream_JC is not None:
-                grad_CV += _scale_rows(_logp_gradient(logp_student_CV, token_C1, upstream_JC[1]), upstream_JC[1] != 0)
-        entropies = [torch.special.entr(x_CV.exp_()).sum(-1) for x_CV in (logp_student_CV, logp_teacher_CV)]
-        return torch.stack([loss_C, *logps[:1], kl_C, *entropies, *logps[1:]]), grad_CV
-
-    return exact_loss if topk is None else row_loss
+def _topk_to_target(prefixes: Prefixes, log_target_CV: Tensor, k: int) -> Integrand:
+    top_CK, index_CK = prefixes.logp_student_CV.topk(min(k, prefixes.logp_student_CV.shape[-1]), dim=-1)
+    gap_CK = (top_CK - log_target_CV.gather(-1, index_CK)).masked_fill_(top_CK == -math.inf, 0)
+    column_CV = torch.zeros_like(prefixes.logp_student_CV).scatter_(-1, index_CK, top_CK.softmax(-1) * gap_CK)
+    return Integrand(column_CV, column_CV)
 
 
-def _check_shapes(student_CV: Tensor, teacher_CV: Tensor) -> None:
-    if student_CV.shape != teacher_CV.shape:
-        raise ValueError(
-            f"logits differ in shape: {list(student_CV.shape)} and {list(teacher_CV.shape)}; "
-            "give the shared vocabulary if only padding differs."
-        )
+# ------------------------------------------------------------------------------------------ the losses
 
 
-def _shared_logits(logits_CV: Tensor, vocabulary: SharedVocabulary | None, role: Role) -> Tensor:
-    """Logits over the shared vocabulary in float32 (float64 for float64)."""
-    logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
-    return logits_CV if vocabulary is None else canonicalize(logits_CV, vocabulary, role)
+@register_divergence("reverse_kl", topk=topk_reverse_kl)
+def reverse_kl(prefixes: Prefixes) -> Integrand:
+    """KL(q || p), the paper's."""
+    column_CV = prefixes.student_CV * _gap(prefixes.logp_student_CV, prefixes.logp_teacher_CV)
+    return Integrand(column_CV, column_CV)
 
 
-def _shared_logp(logits_CV: Tensor, vocabulary: SharedVocabulary | None, role: Role) -> Tensor:
-    """float32 log-probabilities over the shared vocabulary (float64 for float64), always a new tensor."""
-    return _shared_logits(logits_CV, vocabulary, role).log_softmax(-1)
+@register_divergence("forward_kl", modes=(FULL,), topk=topk_forward_kl)
+def forward_kl(prefixes: Prefixes) -> Integrand:
+    """KL(p || q)."""
+    p_CV = prefixes.logp_teacher_CV.exp()
+    return Integrand(p_CV * _gap(prefixes.logp_teacher_CV, prefixes.logp_student_CV), -p_CV)
 
 
-def _logits(
-    hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, temperature: float, scratch: Scratch, name: str
-) -> Tensor:
-    """An output layer's logits divided by the temperature, in float32 at least; in the scratch of that name."""
-    out_CV = scratch.empty(name, torch.Size((hidden_CD.shape[0], weight_VD.shape[0])), hidden_CD)
-    with torch.autocast(hidden_CD.device.type, enabled=False), torch.no_grad():
-        logits_CV = torch.mm(hidden_CD, weight_VD.to(hidden_CD.dtype).T, out=out_CV)
-    if bias_V is not None:
-        logits_CV.add_(bias_V.to(hidden_CD.dtype))
-    logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
-    return logits_CV if temperature == 1 else logits_CV.div_(temperature)
+@register_divergence("jsd", beta=Parameter(0, 1, open=True))
+def jsd(prefixes: Prefixes, *, beta: float = 0.5) -> Integrand:
+    """GKD's generalized Jensen-Shannon divergence (arXiv 2306.13649): beta KL(p || M) + (1 - beta) KL(q || M) with
+    M = beta p + (1 - beta) q.
+
+    As the paper defines it: it vanishes towards both ends, where JSD / beta -> KL(p || q) for beta -> 0 and
+    JSD / (1 - beta) -> KL(q || p) for beta -> 1.
+    """
+    logp_CV, logq_CV = prefixes.logp_teacher_CV, prefixes.logp_student_CV
+    log_m_CV = torch.logaddexp(logp_CV + math.log(beta), logq_CV + math.log(1 - beta))
+    flux_CV = (prefixes.student_CV * _gap(logq_CV, log_m_CV)).mul_(1 - beta)
+    return Integrand((logp_CV.exp() * _gap(logp_CV, log_m_CV)).mul_(beta).add_(flux_CV), flux_CV)
 
 
-def _rows_of(logits: Tensor | Callable[[slice], Tensor], tokens: int) -> Callable[[slice], Tensor]:
-    if not isinstance(logits, Tensor):
-        return logits
-    if logits.dim() != 2 or logits.shape[0] != tokens:
-        raise ValueError(f"teacher logits are {list(logits.shape)}, but the student has {tokens} tokens.")
-    fixed = logits.detach()
-    return lambda rows: fixed[rows]
+@register_divergence("skew_forward", alpha=Parameter(0, 1, open=True))
+def skew_forward(prefixes: Prefixes, *, alpha: float = 0.1) -> Integrand:
+    """DistiLLM's skew KL (arXiv 2402.03898): KL(p || alpha p + (1 - alpha) q)."""
+    logp_CV, logq_CV = prefixes.logp_teacher_CV, prefixes.logp_student_CV
+    log_m_CV = torch.logaddexp(logp_CV + math.log(alpha), logq_CV + math.log(1 - alpha))
+    gap_CV = _gap(logp_CV, log_m_CV)
+    flux_CV = (prefixes.student_CV * gap_CV.exp()).mul_(alpha - 1)  # gap is at most -log(alpha)
+    return Integrand(logp_CV.exp() * gap_CV, flux_CV.masked_fill_(logp_CV == -math.inf, 0))
 
 
-def _chunks(tokens: int, chunk_tokens: int) -> Iterator[slice]:
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens must be at least 1, but is {chunk_tokens}.")
-    return (slice(start, min(start + chunk_tokens, tokens)) for start in range(0, tokens, chunk_tokens))
+@register_divergence("skew_reverse", alpha=Parameter(0, 1, open=True))
+def skew_reverse(prefixes: Prefixes, *, alpha: float = 0.1) -> Integrand:
+    """DistiLLM's skew reverse KL (arXiv 2402.03898): KL(q || (1 - alpha) p + alpha q)."""
+    logp_CV, logq_CV = prefixes.logp_teacher_CV, prefixes.logp_student_CV
+    log_m_CV = torch.logaddexp(logp_CV + math.log(1 - alpha), logq_CV + math.log(alpha))
+    gap_CV = _gap(logq_CV, log_m_CV)
+    return Integrand(prefixes.student_CV * gap_CV, prefixes.student_CV * (gap_CV - alpha * gap_CV.exp()))
 
 
-def _from_logits(logits_NV: Tensor, row_loss: RowLoss, values: int, chunk_tokens: int) -> tuple[Tensor, ...]:
-    if logits_NV.dim() != 2:
-        raise ValueError(f"logits must be [tokens, vocabulary], but are {list(logits_NV.shape)}.")
-    with_grad = logits_NV.requires_grad and torch.is_grad_enabled()
-    loss_N, rest_KN = _Logits.apply(logits_NV, row_loss, values, chunk_tokens, with_grad)
-    return loss_N, *rest_KN
+def _topk_veto(prefixes: Prefixes, k: int, *, beta: float = 0.5) -> Integrand:
+    log_target_CV = _veto_target(prefixes, beta)
+    return _topk_to_target(prefixes, log_target_CV - log_target_CV.logsumexp(-1, keepdim=True), k)
 
 
-def _scale_rows(grad_NV: Tensor, scale_N: Tensor) -> Tensor:
-    """grad * scale in place; rows of scale 0 (padding) are 0 whatever they hold."""
-    return grad_NV.mul_(scale_N[:, None]).masked_fill_(scale_N[:, None] == 0, 0)
+@register_divergence("veto", topk=_topk_veto, beta=Parameter(0, 1))
+def veto(prefixes: Prefixes, *, beta: float = 0.5) -> Integrand:
+    """Veto (arXiv 2601.07155): KL(q || t) to the geometric target t ~ p q^beta, a constant in the gradient.
+
+    So its advantage is log p - (1 - beta) log q, as in the paper. At q = p it is 0 only for beta = 0: the optimum
+    p^(1 / (1 - beta)) is sharper than the teacher.
+    """
+    log_target_CV = _veto_target(prefixes, beta)
+    flux_CV = prefixes.student_CV * _gap(prefixes.logp_student_CV, log_target_CV)
+    return Integrand(flux_CV + prefixes.student_CV * log_target_CV.logsumexp(-1, keepdim=True), flux_CV)
 
 
-class _Logits(torch.autograd.Function):
-    """A row loss of logits that exist. The rows are independent, so the gradient of any weighting of the rows
-    is the stored gradient of each row times its weight."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits_NV: Tensor, row_loss: RowLoss, values: int, chunk_tokens: int, with_grad: bool
-    ) -> tuple[Tensor, Tensor]:
-        tokens = logits_NV.shape[0]
-        dtype = torch.promote_types(logits_NV.dtype, torch.float32)
-        value_KN = torch.empty(values, tokens, dtype=dtype, device=logits_NV.device)
-        ctx.grad_NV = torch.zeros_like(logits_NV) if with_grad else None
-        for rows in _chunks(tokens, chunk_tokens):
-            one_1C = value_KN.new_ones(1, rows.stop - rows.start) if with_grad else None
-            value_KN[:, rows], grad_CV = row_loss(logits_NV[rows], rows, one_1C)
-            if grad_CV is not None:
-                ctx.grad_NV[rows, : grad_CV.shape[-1]] = grad_CV
-        loss_N, rest_KN = value_KN[0].clone(), value_KN[1:]
-        ctx.mark_non_differentiable(rest_KN)
-        return loss_N, rest_KN
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.grad_NV is None:
-            raise RuntimeError("This loss keeps its gradient for one backward pass; compute the loss again.")
-        grad_NV, ctx.grad_NV = _scale_rows(ctx.grad_NV, grads[0]), None
-        return grad_NV, None, None, None, None
+def _veto_target(prefixes: Prefixes, beta: float) -> Tensor:
+    """log p + beta log q, not normalized."""
+    if beta == 0:  # 0 * -inf
+        return prefixes.logp_teacher_CV
+    return torch.add(prefixes.logp_teacher_CV, prefixes.logp_student_CV, alpha=beta)
 
 
-class _Linear(torch.autograd.Function):
-    """A row loss of the logits of an output layer, computed chunk by chunk, and again in backward."""
+def _topk_eopd(prefixes: Prefixes, k: int, *, threshold: float = 0.8, weight: float = 1.0) -> Integrand:
+    return _entropy_aware(prefixes, topk_reverse_kl(prefixes, k), topk_forward_kl(prefixes, k), threshold, weight)
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        row_loss: RowLoss,
-        values: int,
-        differentiable: int,
-        chunk_tokens: int,
-        temperature: float,
-        scratch: Scratch,
-    ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V)
-        if hidden_ND.device.type == "cpu":
-            chunk_tokens = min(chunk_tokens, max(1, CPU_CHUNK // weight_VD.shape[0]))
-        ctx.row_loss, ctx.chunk_tokens, ctx.temperature = row_loss, chunk_tokens, temperature
-        ctx.scratch = scratch
-        ctx.differentiable = differentiable
-        tokens = hidden_ND.shape[0]
-        dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
-        value_KN = torch.empty(values, tokens, dtype=dtype, device=hidden_ND.device)
-        for rows in _chunks(tokens, chunk_tokens):
-            logits_CV = _logits(hidden_ND[rows], weight_VD, bias_V, temperature, scratch, "student")
-            value_KN[:, rows], _ = row_loss(logits_CV, rows, None)
-        columns = [value_N.clone() for value_N in value_KN]
-        ctx.mark_non_differentiable(*columns[differentiable:])
-        return tuple(columns)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_ND, weight_VD, bias_V = ctx.saved_tensors
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        sums = torch.promote_types(hidden_ND.dtype, torch.float32)  # over chunks, of bfloat16 products
-        grad_ND = torch.empty_like(hidden_ND) if need_hidden else None
-        grad_VD = torch.zeros_like(weight_VD, dtype=sums) if need_weight else None
-        grad_V = torch.zeros_like(bias_V, dtype=sums) if need_bias else None
-        for rows in _chunks(hidden_ND.shape[0], ctx.chunk_tokens):
-            logits_CV = _logits(hidden_ND[rows], weight_VD, bias_V, ctx.temperature, ctx.scratch, "student")
-            upstream_JC = torch.stack([grad_N[rows] for grad_N in grads[: ctx.differentiable]]) / ctx.temperature
-            _, grad_CV = ctx.row_loss(logits_CV, rows, upstream_JC)
-            if grad_V is not None:
-                grad_V += grad_CV.sum(0)
-            grad_CV = grad_CV.to(hidden_ND.dtype)
-            if grad_ND is not None:
-                torch.mm(grad_CV, weight_VD.to(hidden_ND.dtype), out=grad_ND[rows])
-            if grad_VD is not None and grad_VD.dtype == hidden_ND.dtype:
-                grad_VD.addmm_(grad_CV.T, hidden_ND[rows])  # without a second [V, D]
-            elif grad_VD is not None:
-                grad_VD += grad_CV.T @ hidden_ND[rows]
-        grad_weight = None if grad_VD is None else grad_VD.to(weight_VD.dtype)
-        grad_bias = None if grad_V is None or bias_V is None else grad_V.to(bias_V.dtype)
-        return grad_ND, grad_weight, grad_bias, *[None] * 6
+@register_divergence("eopd", modes=(FULL,), topk=_topk_eopd, threshold=Parameter(0), weight=Parameter(0))
+def eopd(prefixes: Prefixes, *, threshold: float = 0.8, weight: float = 1.0) -> Integrand:
+    """Entropy-aware on-policy distillation (arXiv 2603.07079): KL(q || p), plus weight KL(p || q) where the teacher's
+    entropy is above `threshold` nats.
+    """
+    return _entropy_aware(prefixes, reverse_kl(prefixes), forward_kl(prefixes), threshold, weight)
+
+
+def _entropy_aware(
+    prefixes: Prefixes, reverse: Integrand, forward: Integrand, threshold: float, weight: float
+) -> Integrand:
+    sure_C1 = (prefixes.teacher_entropy_C <= threshold).unsqueeze(-1)
+    return Integrand(*(r + weight * f.masked_fill(sure_C1, 0) for r, f in zip(reverse, forward, strict=True)))
+
+
+@register_divergence("exopd", modes=(SAMPLED,), needs=("logp_reference_CV",), scale=Parameter(0))
+def exopd(prefixes: Prefixes, *, scale: float = 1.25) -> Integrand:
+    """G-OPD, and ExOPD for scale > 1 (arXiv 2602.12125): the advantage log p - log q + (scale - 1)(log p - log r)
+    with the reference r, the student before training. `scale` is the paper's lambda.
+    """
+    assert prefixes.logp_reference_CV is not None, "exopd needs the reference model's log-probabilities"
+    extra_CV = (scale - 1) * _gap(prefixes.logp_teacher_CV, prefixes.logp_reference_CV)
+    column_CV = prefixes.student_CV * (_gap(prefixes.logp_student_CV, prefixes.logp_teacher_CV) - extra_CV)
+    return Integrand(column_CV, column_CV)
+
+
+def _topk_saki(prefixes: Prefixes, k: int) -> Integrand:
+    return _corrected(prefixes, topk_reverse_kl(prefixes, k))
+
+
+@register_divergence("saki", modes=(FULL,), topk=_topk_saki, needs=("corrected_C",))
+def saki(prefixes: Prefixes) -> Integrand:
+    """SAKI (arXiv 2609.36601): KL(q || p), but -log q of the teacher's most likely token where the rollout token
+    replaced a rejected draft. There it is not 0 at q = p.
+    """
+    return _corrected(prefixes, reverse_kl(prefixes))
+
+
+def _corrected(prefixes: Prefixes, elsewhere: Integrand) -> Integrand:
+    assert prefixes.corrected_C is not None, "saki needs to know which tokens are corrections"
+    corrected_C1 = prefixes.corrected_C.unsqueeze(-1)
+    likelihood = _negative_log_likelihood(prefixes, prefixes.logp_teacher_CV.argmax(-1))
+    return Integrand(*(torch.where(corrected_C1, a, b) for a, b in zip(likelihood, elsewhere, strict=True)))
+
+
+def _topk_cross_entropy(prefixes: Prefixes, k: int) -> Integrand:
+    return cross_entropy(prefixes)  # of one token, whatever k
+
+
+@register_divergence("cross_entropy", modes=(FULL,), topk=_topk_cross_entropy, needs=("token_C",))
+def cross_entropy(prefixes: Prefixes) -> Integrand:
+    """-log q of the rollout token: supervised fine-tuning on the rollouts. At q = p its mean gradient is 0 only over
+    tokens drawn from p.
+    """
+    assert prefixes.token_C is not None, "cross_entropy needs the rollout tokens"
+    return _negative_log_likelihood(prefixes, prefixes.token_C)
+
+
+def _negative_log_likelihood(prefixes: Prefixes, token_C: Tensor) -> Integrand:
+    index_C1 = token_C.unsqueeze(-1)
+    zeros_CV = torch.zeros_like(prefixes.logp_student_CV)
+    term_CV = zeros_CV.scatter(-1, index_C1, -prefixes.logp_student_CV.gather(-1, index_C1))
+    return Integrand(term_CV, zeros_CV.scatter_(-1, index_C1, -1.0))
+
+
+def _gap(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """log a - log b, 0 where a is 0."""
+    return (log_a - log_b).masked_fill_(log_a == -math.inf, 0)

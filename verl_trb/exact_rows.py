@@ -1,4 +1,4 @@
-"""The exact reverse KL of rows of logits: the arithmetic of divergences.py's full form, in few sweeps.
+"""The exact reverse KL of rows of logits: what chunked_loss.py takes for divergences.reverse_kl, in few sweeps.
 
     KL(pi_S || pi_T) = sum_a p_a (x_a - y_a) - log Z_S + log Z_T,   its gradient for x: p_a (x_a - y_a - mean_p(x - y))
 

@@ -66,8 +66,6 @@ def completed(config: DictConfig) -> DictConfig:
     trb, rollout = config.trb, config.actor_rollout_ref.rollout
     with open_dict(config):
         trb.teacher.dtype = trb.teacher.dtype or rollout.dtype
-        # Only the policy gradient needs the student's log-probabilities before the update.
-        config.algorithm.rollout_correction.bypass_mode = trb.loss != "sampled"
         rollout.custom = {"trb": trb}
     return config
 

@@ -123,13 +123,15 @@ def prepare(config: DictConfig, progress: Callable[[str], None]) -> None:
 
 def header(config: DictConfig) -> dict[str, str]:
     """What the screen says first."""
+    from verl_trb.objective import describe_objective
+
     trb = config.trb
     return {
         "recipe": trb.recipe,
         "student": config.actor_rollout_ref.model.path or f"made by task {trb.prepare}",
         "teacher": trb.teacher.path or f"made by task {trb.prepare}",
         "rollouts": f"{trb.policy}, ε₀ = {trb.epsilon:g}, K = {trb.warmup_steps}, γ = {trb.draft_tokens}",
-        "loss": f"reverse KL, {trb.loss}",
+        "loss": describe_objective(trb),
         "results": trb.run_dir,
         "logs": f"{trb.run_dir}/logs",
     }

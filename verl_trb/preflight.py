@@ -23,6 +23,7 @@ from verl_trb.setting_checks import (
     check_batches,
     check_engine_sizes,
     check_environment,
+    check_objective,
     check_platform,
     check_policy,
     check_sampling,
@@ -216,6 +217,7 @@ def check_ray(config: DictConfig) -> None:
 CHECKS: tuple[Callable[[DictConfig], None], ...] = (
     check_environment,
     check_policy,
+    check_objective,
     check_sampling,
     check_verl_settings,
     check_batches,

@@ -34,6 +34,56 @@ def check_policy(config: DictConfig) -> None:
         raise UserError(f"trb.policy: {error}") from None
 
 
+# Rollouts that hardly ever contain some of the student's tokens: pi_S / mu is not bounded by anything.
+UNWEIGHTABLE = ("skd", "teacher")
+
+
+def check_objective(config: DictConfig) -> None:
+    """trb.divergence is a registered loss with parameters of its own, and its mode fits the rollouts.
+
+    What a single rollout token contributes (trb.loss=sampled, trb.reward_weight) is weighted by pi_S / mu.
+    """
+    from verl_trb import objective
+    from verl_trb.policies import get_policy, policy_names
+
+    trb, actor = config.trb, config.actor_rollout_ref.actor
+    if trb.policy not in policy_names():
+        return  # check_policy says so
+    try:
+        objective.check_objective(trb)
+    except ValueError as error:
+        text = str(error)
+        raise UserError(text if "trb." in text else f"trb.divergence: {text}") from None
+    needs, rewards = objective.needs(trb), objective.ever_rewards(trb)
+    if "corrected_C" in needs and not getattr(get_policy(trb.policy), "marks_corrections", False):
+        raise UserError(
+            f"trb.divergence={trb.divergence} needs rollouts that mark corrected tokens, which trb.policy={trb.policy} "
+            "does not; set trb.policy=saki."
+        )
+    if (trb.loss == "sampled" or rewards) and trb.policy in UNWEIGHTABLE:
+        what = "trb.reward_weight > 0" if rewards else "trb.loss=sampled"
+        raise UserError(
+            f"{what} weights every rollout token by pi_S / mu, which has no bound for trb.policy={trb.policy}; choose "
+            "another policy, or trb.loss=full or topk without a reward weight."
+        )
+    correction = config.algorithm.rollout_correction
+    if rewards and trb.policy != "student" and correction.rollout_is is None:
+        raise UserError(
+            f"trb.reward_weight > 0 with rollouts of trb.policy={trb.policy} is biased without importance weights; set "
+            "algorithm.rollout_correction.rollout_is=sequence (unbiased) or token (less variance)."
+        )
+    if rewards and actor.entropy_coeff != 0:
+        raise UserError(
+            f"actor_rollout_ref.actor.entropy_coeff={actor.entropy_coeff} would do nothing while the teacher is read; "
+            "set it to 0 with trb.reward_weight."
+        )
+    if "logp_reference_CV" in needs and not actor.use_kl_loss:
+        raise UserError(
+            f"trb.divergence={trb.divergence} needs verl's reference model; set "
+            "actor_rollout_ref.actor.use_kl_loss=true and actor_rollout_ref.actor.kl_loss_coef=0."
+        )
+
+
 def check_sampling(config: DictConfig) -> None:
     """Rollouts are exact: the student's drafts are shaped by temperature only, so nothing else may shape
     them.
@@ -136,7 +186,8 @@ def check_verl_config(config: DictConfig) -> None:
 
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            validate_config(config, use_reference_policy=False, use_critic=False)
+            reference = config.actor_rollout_ref.actor.use_kl_loss
+            validate_config(config, use_reference_policy=reference, use_critic=False)
     except (AssertionError, ValueError, TypeError, OmegaConfBaseException, HydraException) as error:
         cause = error.__cause__ or error
         reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0].rstrip(".")

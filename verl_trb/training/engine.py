@@ -14,18 +14,20 @@ from verl.utils.device import get_device_id
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
+from verl_trb.divergences import SAMPLED, get_divergence, reverse_kl
 from verl_trb.training.head import COLUMNS, DistillationHead, TokenLossRequest
+from verl_trb.training.loss import objective_of
 from verl_trb.training.teacher import Teacher
 from verl_trb.vocabulary import SharedVocabulary
 
-# Set in a batch's extra_info by our trainer: answer with COLUMNS instead of logits.
-TOKEN_LOSSES = "trb_token_losses"
+# The batch's field, 1 where the rollout token replaced a rejected draft of the student's.
+CORRECTED = "corrected"
 
 
 @EngineRegistry.register(model_type="language_model", backend="fsdp2", device="cuda", vendor="nvidia")
 @EngineRegistry.register(model_type="language_model", backend="fsdp2", device="cpu", vendor="cpu")
 class DistillationEngine(FSDPEngineWithLMHead):
-    """The student's engine. Without `attach_teacher`, or for batches that do not ask, it is verl's own."""
+    """The student's engine. For batches without an objective that distills it is verl's own."""
 
     teacher: Teacher | None = None
 
@@ -35,24 +37,27 @@ class DistillationEngine(FSDPEngineWithLMHead):
         module.set_output_embeddings(self.head)
         return module
 
-    def attach_teacher(
-        self, teacher: Teacher, vocabulary: SharedVocabulary, topk: int | None, chunk_tokens: int
-    ) -> None:
-        """topk: None for the exact reverse KL; chunk_tokens: tokens whose logits exist at one time."""
+    def attach_teacher(self, teacher: Teacher, vocabulary: SharedVocabulary, topk: int, chunk_tokens: int) -> None:
+        """topk: k of the top-k losses; chunk_tokens: tokens whose logits exist at one time."""
         self.teacher, self.vocabulary, self.topk, self.chunk_tokens = teacher, vocabulary, topk, chunk_tokens
         self.teacher_seconds = 0.0
 
     def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool):
-        if not tu.get_non_tensor_data(data=micro_batch, key=TOKEN_LOSSES, default=False):
+        objective = objective_of(micro_batch)
+        if objective is None or not objective.distills:
             return super().forward_step(micro_batch, loss_function, forward_only)
         assert self.teacher is not None, "token losses were asked for before the teacher was attached"
+        divergence = reverse_kl  # of a single-sample loss only the log-probabilities are used
+        if objective.mode != SAMPLED:
+            divergence = get_divergence(objective.divergence).rule(objective.mode, self.topk, objective.params)
         micro_batch = micro_batch.to(get_device_id())
         model_inputs, _ = self.prepare_model_inputs(micro_batch=micro_batch)
         started = time.perf_counter()
         hidden_BTE = self.teacher.hidden_states(**model_inputs)
         weight_VE, bias_V = self.teacher.output_layer()
         self.teacher_seconds += time.perf_counter() - started
-        select_BT, label_BT = prediction_layout(micro_batch, model_inputs["input_ids"])
+        input_ids_BT = model_inputs["input_ids"]
+        select_BT, label_BT = prediction_layout(micro_batch, input_ids_BT)
         self.head.request = TokenLossRequest(
             select_BT=select_BT,
             label_BT=label_BT,
@@ -60,9 +65,10 @@ class DistillationEngine(FSDPEngineWithLMHead):
             weight_teacher_VE=weight_VE,
             bias_teacher_V=bias_V,
             vocabulary=self.vocabulary,
-            topk=self.topk,
+            divergence=divergence,
             chunk_tokens=self.chunk_tokens,
             temperature=float(tu.get_non_tensor_data(data=micro_batch, key="temperature", default=1.0)),
+            corrected_BT=at_predictions(micro_batch, CORRECTED, input_ids_BT) if CORRECTED in micro_batch else None,
         )
         try:
             return super().forward_step(micro_batch, loss_function, forward_only)
@@ -104,16 +110,19 @@ def prediction_layout(micro_batch: TensorDict, input_ids_BT: Tensor) -> tuple[Te
     Returns:
         select_BT bool and label_BT int64; the label of a token is its successor in its own sequence.
     """
-    offsets = micro_batch["input_ids"].offsets()
-    values_N = micro_batch["input_ids"].values()
-    mask = micro_batch["response_mask"]
-    select_N = torch.zeros_like(values_N, dtype=torch.bool)
-    for end, response_B in zip(offsets[1:].tolist(), mask.unbind(), strict=True):
-        # The response is the sequence's tail; its j-th token is predicted one place before it stands.
-        select_N[end - 1 - response_B.numel() : end - 1] = response_B.bool()
-    label_N = values_N.roll(-1)
-    real_BT = _real_tokens(offsets, input_ids_BT.shape)
-    select_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)
     label_BT = torch.zeros_like(input_ids_BT)
-    select_BT[real_BT], label_BT[real_BT] = select_N, label_N
-    return select_BT, label_BT
+    real_BT = _real_tokens(micro_batch["input_ids"].offsets(), input_ids_BT.shape)
+    label_BT[real_BT] = micro_batch["input_ids"].values().roll(-1)
+    return at_predictions(micro_batch, "response_mask", input_ids_BT), label_BT
+
+
+def at_predictions(micro_batch: TensorDict, field: str, input_ids_BT: Tensor) -> Tensor:
+    """A nested field of response tokens as bool [B, T] of the model's input: at the tokens that predict them."""
+    offsets = micro_batch["input_ids"].offsets()
+    flag_N = torch.zeros_like(micro_batch["input_ids"].values(), dtype=torch.bool)
+    for end, response_B in zip(offsets[1:].tolist(), micro_batch[field].unbind(), strict=True):
+        # The response is the sequence's tail; its j-th token is predicted one place before it stands.
+        flag_N[end - 1 - response_B.numel() : end - 1] = response_B.bool()
+    flag_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)
+    flag_BT[_real_tokens(offsets, input_ids_BT.shape)] = flag_N
+    return flag_BT

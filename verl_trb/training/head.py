@@ -7,13 +7,15 @@ Shapes: B x T the layout verl gives the model (padded, or 1 x all tokens), N sel
 D and E hidden sizes of student and teacher.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from verl_trb.divergences import linear_reverse_kl
+from verl_trb.chunked_loss import loss_from_layers
+from verl_trb.divergences import Integrand, Prefixes
 from verl_trb.vocabulary import SharedVocabulary
 
 # What takes the place of the logits' last dimension. `loss` and `log_probs` carry gradients.
@@ -25,7 +27,8 @@ class TokenLossRequest:
     """Ask the output layer for the columns at the tokens that predict a response token.
 
     select_BT: bool, those tokens; label_BT: the token each of them predicts; hidden_teacher_BTE: the teacher's
-    last hidden states of the same input; weight_teacher_VE, bias_teacher_V: its whole output layer.
+    last hidden states of the same input; weight_teacher_VE, bias_teacher_V: its whole output layer; corrected_BT:
+    bool, where the predicted token is a correction, if that is known.
     """
 
     select_BT: Tensor
@@ -34,9 +37,10 @@ class TokenLossRequest:
     weight_teacher_VE: Tensor
     bias_teacher_V: Tensor | None
     vocabulary: SharedVocabulary
-    topk: int | None
+    divergence: Callable[[Prefixes], Integrand]
     chunk_tokens: int
     temperature: float
+    corrected_BT: Tensor | None = None
 
 
 class SharedLinear(nn.Linear):
@@ -60,7 +64,7 @@ class DistillationHead(SharedLinear):
         if self.request is None:
             return super().forward(hidden_BTD)
         ask = self.request
-        losses = linear_reverse_kl(
+        losses = loss_from_layers(
             hidden_BTD[ask.select_BT],
             self.weight,
             ask.hidden_teacher_BTE[ask.select_BT],
@@ -68,10 +72,11 @@ class DistillationHead(SharedLinear):
             bias_student_V=self.bias,
             bias_teacher_V=ask.bias_teacher_V,
             temperature=ask.temperature,
-            topk=ask.topk,
+            divergence=ask.divergence,
             vocabulary=ask.vocabulary,
             chunk_tokens=ask.chunk_tokens,
             token_N=ask.label_BT[ask.select_BT],
+            corrected_N=None if ask.corrected_BT is None else ask.corrected_BT[ask.select_BT],
         )
         assert losses.logp_student_N is not None and losses.logp_teacher_N is not None  # token_N was given
         columns_NK = torch.stack(

@@ -11,15 +11,15 @@ import numpy as np
 import ray
 import transfer_queue as tq
 from tensordict import TensorDict
-from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.workers.utils.padding import response_from_nested, response_to_nested
 
 import verl_trb.rollout.server  # noqa: F401  registers the rollout engine with verl in this process
+from verl_trb.objective import objective_metrics, step_objective
 from verl_trb.rollout.statistics import merge, rollout_metrics
-from verl_trb.training.advantage import NAME as ADVANTAGE
+from verl_trb.training.advantage import distillation_advantages
 from verl_trb.training.agent_loop import step_epsilon
-from verl_trb.training.engine import TOKEN_LOSSES
+from verl_trb.training.loss import ADVANTAGES, OBJECTIVE
 from verl_trb.training.worker import DistillationWorker
 
 Event = dict[str, Any]
@@ -58,6 +58,9 @@ class DistillationTrainer(PPOTrainerSync):
 
     def on_step_begin(self) -> None:
         self._take_rollout_sums()  # what validation left behind is not this step's
+        self.objective = step_objective(self.config.trb, self.global_steps)
+        # verl asks at every step: only a policy gradient needs the student's log-probabilities before the update.
+        self.config.algorithm.rollout_correction.bypass_mode = not self.objective.policy_gradient
 
     def on_sample_end(self) -> None:
         self.pending = rollout_metrics(sums := self._take_rollout_sums())
@@ -69,40 +72,42 @@ class DistillationTrainer(PPOTrainerSync):
         return merge(ray.get([server.take_rollout_statistics.remote() for server in servers]))
 
     def _compute_old_log_prob(self, batch: Any, metrics: dict) -> Any:
-        if self.config.trb.loss == "sampled":
-            batch.extra_info[TOKEN_LOSSES] = True
-        return super()._compute_old_log_prob(batch, metrics)
+        if self.objective.samples:  # the teacher's log-probabilities in the same pass
+            batch.extra_info[OBJECTIVE] = self.objective.as_dict()
+        batch = super()._compute_old_log_prob(batch, metrics)
+        batch.extra_info.pop(OBJECTIVE, None)
+        return batch
 
     def _compute_advantage(self, batch: Any, metrics: dict) -> Any:
-        if self.config.trb.loss != "sampled":
-            return super()._compute_advantage(batch, metrics)
-        fields = ["response_mask", "rm_scores", "old_log_probs", "rollout_log_probs", "teacher_log_probs"]
+        """verl's, of the reward, with the weights of its rollout correction; beside them those of a single-sample
+        distillation loss.
+        """
+        batch = super()._compute_advantage(batch, metrics)
+        if not self.objective.samples:
+            return batch
+        fields = ["response_mask", "old_log_probs", "rollout_log_probs", "teacher_log_probs", "ref_log_prob"]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         mask = data["response_mask"]
         data["teacher_log_probs"] = response_from_nested(data["teacher_log_probs"], mask)
         padded = data.to_padded_tensor(0)
-        advantages, returns = get_adv_estimator_fn(ADVANTAGE)(
-            padded["rm_scores"],
+        advantages = distillation_advantages(
+            self.objective,
             padded["response_mask"],
-            self.config.algorithm,
-            logp_student=padded["old_log_probs"],
-            logp_teacher=padded["teacher_log_probs"],
-            logp_behavior=padded["rollout_log_probs"],
+            padded["old_log_probs"],
+            padded["teacher_log_probs"],
+            padded["rollout_log_probs"],
+            padded.get("ref_log_prob", None),
         )
-        nested = {
-            "advantages": response_to_nested(advantages, mask),
-            "returns": response_to_nested(returns, mask),
-        }
-        return tq.kv_batch_put(
-            keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(nested, batch_size=len(batch))
-        )
+        nested = TensorDict({ADVANTAGES: response_to_nested(advantages, mask)}, batch_size=len(batch))
+        return tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=nested)
 
     def _update_actor(self, batch: Any, metrics: dict) -> Any:
-        batch.extra_info[TOKEN_LOSSES] = True
+        batch.extra_info[OBJECTIVE] = self.objective.as_dict()
         batch = super()._update_actor(batch, metrics)
         self.timing_raw["teacher"] = max(self.actor_rollout_wg.take_teacher_seconds())
         for name in ("reverse_kl", "teacher_entropy", "student_entropy", "teacher_logprob"):
-            self.pending[f"trb/{name}"] = metrics.pop(f"actor/{name}")
+            if f"actor/{name}" in metrics:  # not without the teacher
+                self.pending[f"trb/{name}"] = metrics.pop(f"actor/{name}")
         # log μ − log π_S with π_S from the trainer: what the engine sampled against what is trained.
         self.pending["trb/log_ratio_trainer"] = metrics.pop("actor/log_ratio", math.nan)
         return batch
@@ -122,6 +127,7 @@ class DistillationTrainer(PPOTrainerSync):
     def _compute_metrics(self, batch: Any, metrics: dict, timing_raw: dict, global_steps: int, epoch: int) -> None:
         super()._compute_metrics(batch, metrics, timing_raw, global_steps, epoch)
         metrics.update(self.pending)
+        metrics.update(objective_metrics(self.objective))
         metrics["trb/epsilon"] = step_epsilon(self.config.trb, global_steps, validate=False)
         metrics["reward/mean"] = metrics["critic/score/mean"]
         self._record(metrics, global_steps)

@@ -52,9 +52,8 @@ class DistillationWorker(ActorRolloutRefWorker):
             student_rows=model_config.hf_config.vocab_size,
             teacher_rows=teacher.module.config.vocab_size,
         )
-        topk = trb["topk"] if trb["loss"] == "topk" else None
-        engine.attach_teacher(teacher, vocabulary, topk, trb["loss_chunk_tokens"])
-        self.actor.set_loss_fn(DistillationLoss(self.loss_fn.keywords["config"], trb["loss"]))
+        engine.attach_teacher(teacher, vocabulary, trb["topk"], trb["loss_chunk_tokens"])
+        self.actor.set_loss_fn(DistillationLoss(self.loss_fn.keywords["config"]))
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def take_teacher_seconds(self) -> float:

@@ -20,7 +20,7 @@ import torch
 from bench_solver import EPSILONS, synthetic_pair
 
 from verl_trb.kernels.trust_region_triton import blend_logits
-from verl_trb.policies import get_policy
+from verl_trb.trust_region import blend
 from verl_trb.vocabulary import SharedVocabulary, canonicalize
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -58,7 +58,7 @@ def main() -> None:
 
         def by_torch(epsilon_N=epsilon_N):
             logp_teacher_NV = canonicalize(teacher_NV.float(), vocabulary, "teacher").log_softmax(-1)
-            return get_policy("trb")(student_NV, logp_teacher_NV, epsilon_N)
+            return blend(student_NV, logp_teacher_NV, epsilon_N)
 
         def by_kernel(epsilon_N=epsilon_N):
             return blend_logits(student_NV, teacher_NV, epsilon_N, vocabulary=vocabulary)

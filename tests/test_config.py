@@ -39,6 +39,7 @@ def test_defaults_are_the_dataclass():
         ("epsilon", "large", "trb.epsilon: Value 'large'"),
         ("warmup_steps", 0, "trb.warmup_steps must be >= 1"),
         ("warmup_steps", 2.5, "trb.warmup_steps: Value '2.5'"),
+        ("guided_steps", 0, "trb.guided_steps must be >= 1"),
         ("draft_tokens", 0, "trb.draft_tokens must be >= 1"),
         ("topk", -1, "trb.topk must be >= 1"),
         ("loss_chunk_tokens", 0, "trb.loss_chunk_tokens must be >= 1"),
@@ -140,6 +141,16 @@ def test_run_dir_names_a_changed_policy(tmp_path: Path, monkeypatch: pytest.Monk
         assert config.trb.run_dir == str(tmp_path / "runs" / name)
 
 
+def test_run_dir_names_the_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    configs = compose("-m", "recipe=quickstart", "method=teacher,vanilla", "trb.draft_tokens=1,2")
+    assert [Path(config.trb.run_dir).name for config in configs] == [
+        f"quickstart-{method}-trb.draft_tokens={drafts}" for method in ("teacher", "vanilla") for drafts in (1, 2)
+    ]
+    (config,) = compose("recipe=quickstart", "method=skd", "trb.policy=teacher")
+    assert Path(config.trb.run_dir).name == "quickstart-skd-teacher"
+
+
 def test_sweep_gives_each_run_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     configs = compose("-m", "recipe=quickstart", "trb.epsilon=0.1,0.2", "trb.policy=trb,student")
@@ -192,3 +203,11 @@ def test_refused_before_anything_heavy_is_imported(tmp_path: Path):
     assert (done.returncode, done.stdout.strip()) == (2, "")
     assert done.stderr == "error: trb.epsilon must be a finite number >= 0 (nats per token), got -1.0.\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_policy_file_of_one_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its path is whole, because workers may stand elsewhere; the run is named by the policy."""
+    monkeypatch.chdir(tmp_path)
+    (config,) = compose("recipe=quickstart", "trb.policy=mine.py:either")
+    assert config.trb.policy == f"{tmp_path}/mine.py:either"
+    assert Path(config.trb.run_dir).name == "quickstart-either"

@@ -9,7 +9,7 @@ import oracles
 import pytest
 import torch
 
-from verl_trb.coupling import couple
+from verl_trb.coupling import couple, mark_corrections
 from verl_trb.trust_region import blend
 
 ALPHA = 1e-4  # a correct coupling fails each chi-square test with this probability; the seeds are fixed
@@ -86,6 +86,18 @@ def test_restarted_blocks_make_an_exact_chain():
 
     assert oracles.chi_square(seen, joint(log_mu)) > ALPHA
     assert oracles.chi_square(seen, joint(logp_student)) < 1e-12
+
+
+def test_tokens_that_the_student_never_drafts_come_as_corrections():
+    """A policy may leave the student's support (the teacher's rollouts do): pi_S = 0 at half of mu's mass."""
+    student = torch.tensor([0.6, 0.3, 0.1, 0.0, 0.0, 0.0]).log()
+    mu = torch.tensor([0.1, 0.3, 0.1, 0.3, 0.2, 0.0]).log()
+    _, out = roll(60_000, 2, student.expand(V, V), mu.expand(V, V), seed=4)
+    for position in range(2):
+        seen = out.tokens_BG[out.num_tokens_B > position, position]
+        assert oracles.chi_square(counts(seen), oracles.probabilities(mu)) > ALPHA
+        assert not out.accepted_BG[out.tokens_BG[:, position] >= 3, position].any()
+    assert torch.equal(out.logp_BG[:, 0], mu[out.tokens_BG[:, 0]])
 
 
 def test_acceptance_is_one_minus_total_variation():
@@ -220,3 +232,11 @@ def test_shapes_that_do_not_fit_are_refused():
     ):
         with pytest.raises(ValueError, match="must"):
             couple(*wrong)
+
+
+def test_the_mark_of_a_correction_is_its_sign():
+    logp = torch.tensor([-0.5, -2.0, 0.0, 0.0, 1e-8, 1e-8, -90.0])
+    corrected = torch.tensor([True, False, True, False, True, False, True])
+    marked = mark_corrections(logp, corrected)
+    assert torch.equal(marked > 0, corrected)
+    torch.testing.assert_close(-marked.abs(), logp.clamp(max=0), rtol=0, atol=1e-30)

@@ -132,7 +132,7 @@ def test_requests_without_our_settings_are_ended_unsampled(cramped: BlendedEngin
     stop = {"temperature": 1.0, "max_tokens": 9, "logprobs": 0, "detokenize": False}
     ours = {**stop, "stop_token_ids": [vocabulary.student_eos, vocabulary.marker]}
     params = [
-        {**ours, "extra_args": BlendedRequest(0.2, prompt[-1]).extra_args()} if i % 2 else ours
+        {**ours, "extra_args": BlendedRequest({"epsilon": 0.2}, prompt[-1]).extra_args()} if i % 2 else ours
         for i, prompt in enumerate(prompts)
     ]
     params[4] = {**stop, "ignore_eos": True}  # and nothing, not the marker either, stops this one

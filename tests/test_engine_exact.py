@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from engine import EOS, BlendedEngine, engine, make_pair
+from engine import EOS, BlendedEngine, Guidance, engine, make_pair
 from engine_oracle import (
     Visited,
     blend_of,
@@ -211,20 +211,18 @@ def test_epsilon_zero_is_the_student_policy_token_for_token(run: Run) -> None:
     """One seed, two policies: the same draws. At ε > 0 they part."""
     blended, prompts = run.engine, run.prompts[::20]
 
-    def sample(epsilon: float) -> list[Rollout]:
+    def sample(guidance: Guidance) -> list[Rollout]:
         blended.llm.reset_prefix_cache()
         torch.manual_seed(7)
-        return blended.rollouts(prompts, epsilon, 12)
+        return blended.rollouts(prompts, guidance, 12)
 
     def pairs(rollouts: list[Rollout]) -> list[tuple[list[int], list[float]]]:
         return [(rollout.token_ids, rollout.logprobs) for rollout in rollouts]
 
     trb, budget = pairs(sample(0.0)), pairs(sample(0.3))
-    blended.install("student")
-    try:
-        student = pairs(sample(0.3))
-    finally:
-        blended.install("trb")
+    blended.use("student")
+    student = pairs(sample({}))
+    blended.use("trb")
     assert trb == student
     assert trb != budget
 

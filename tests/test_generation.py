@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 import pytest
 
 from verl_trb.rollout.generation import MAX_STALLED, Answer, Rollout, generate_blended
-from verl_trb.rollout.request import EPSILON, FORCED, BlendedRequest
+from verl_trb.rollout.request import FORCED, PARAMS, BlendedRequest
 
 MARKER, EOS = 0, 1
+GUIDED = {"epsilon": 0.1}
 PROMPT = [11, 12, 13]
 
 
@@ -33,15 +34,15 @@ class Script:
         return Answer(tokens, [0.0, *(-float(token) for token in tokens[1:])], reason, raw=round_)
 
 
-def generate(submit: Script, max_tokens: int, prompt: Sequence[int] = PROMPT, epsilon: float = 0.1) -> Rollout:
-    return asyncio.run(generate_blended(submit, prompt, max_tokens, epsilon, MARKER, [EOS]))
+def generate(submit: Script, max_tokens: int, prompt: Sequence[int] = PROMPT) -> Rollout:
+    return asyncio.run(generate_blended(submit, prompt, max_tokens, GUIDED, MARKER, [EOS]))
 
 
 def test_the_last_prompt_token_is_forced_and_stripped() -> None:
     script = Script([[5, 6, EOS]])
     rollout = generate(script, 10)
     assert rollout == Rollout([5, 6, EOS], [-5.0, -6.0, -1.0], "stop", resubmitted=0, raw=0)
-    assert script.asked == [([11, 12], BlendedRequest(0.1, 13), 11, 0)]  # one more token than the response
+    assert script.asked == [([11, 12], BlendedRequest(GUIDED, 13), 11, 0)]  # one more token than the response
 
 
 def test_the_token_limit_ends_a_rollout() -> None:
@@ -54,10 +55,10 @@ def test_a_marker_is_dropped_and_the_rest_resubmitted() -> None:
     rollout = generate(script, 9)
     assert rollout == Rollout([5, 6, 7, 8, EOS], [-5.0, -6.0, -7.0, -8.0, -1.0], "stop", 3, raw=3)
     assert script.asked == [
-        ([11, 12], BlendedRequest(0.1, 13), 10, 0),
-        ([11, 12, 13, 5], BlendedRequest(0.1, 6), 8, 1),
-        ([11, 12, 13, 5], BlendedRequest(0.1, 6), 8, 2),
-        ([11, 12, 13, 5, 6], BlendedRequest(0.1, 7), 7, 3),
+        ([11, 12], BlendedRequest(GUIDED, 13), 10, 0),
+        ([11, 12, 13, 5], BlendedRequest(GUIDED, 6), 8, 1),
+        ([11, 12, 13, 5], BlendedRequest(GUIDED, 6), 8, 2),
+        ([11, 12, 13, 5, 6], BlendedRequest(GUIDED, 7), 7, 3),
     ]
 
 
@@ -85,7 +86,7 @@ def test_an_answer_without_tokens_ends_the_rollout() -> None:
     async def aborted(*_: object) -> Answer:
         return Answer([], [], "aborted")
 
-    rollout = asyncio.run(generate_blended(aborted, PROMPT, 5, 0.0, MARKER, [EOS]))
+    rollout = asyncio.run(generate_blended(aborted, PROMPT, 5, None, MARKER, [EOS]))
     assert (rollout.token_ids, rollout.logprobs, rollout.stop_reason) == ([], [], "aborted")
 
 
@@ -113,9 +114,13 @@ def test_prompts_that_end_like_a_response_are_refused(last: int) -> None:
         generate(Script([]), 5, [11, last])
 
 
-def test_requests_survive_extra_args() -> None:
-    request = BlendedRequest(epsilon=0.02, forced_token=7)
-    assert request.extra_args() == {EPSILON: 0.02, FORCED: 7}
+@pytest.mark.parametrize("params", [GUIDED, {"k": 25, "temperature": 0.6}, {}, None])
+def test_requests_survive_extra_args(params: dict[str, float] | None) -> None:
+    request = BlendedRequest(params, forced_token=7)
+    assert request.extra_args() == {PARAMS: params, FORCED: 7}
     assert BlendedRequest.read(request.extra_args()) == request
-    for foreign in (None, {}, {"other": 1}, {EPSILON: 0.1}):
+
+
+def test_requests_of_others_are_told_apart() -> None:
+    for foreign in (None, {}, {"other": 1}, {PARAMS: GUIDED}):
         assert BlendedRequest.read(foreign) is None

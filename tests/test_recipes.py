@@ -2,6 +2,7 @@
 
 import io
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,18 +12,27 @@ from pathlib import Path
 
 import pytest
 from conftest import ToyRun
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from verl_trb import composition, dry_run
-from verl_trb.recipe_source import recipe_names
+from verl_trb.guidance import check_guidance, guidance
+from verl_trb.recipe_source import METHOD, names, recipe_names
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def compose(*arguments: str) -> DictConfig:
+def compose_all(*arguments: str) -> list[DictConfig]:
+    """The configurations of every run of a command."""
     composed: list[DictConfig] = []
     composition.run(lambda config: composed.append(config) or 0, arguments)
-    return composed[0]
+    return composed
+
+
+def compose(*arguments: str) -> DictConfig:
+    (config,) = compose_all(*arguments)
+    return config
 
 
 def dry(*arguments: str) -> tuple[int, str]:
@@ -125,10 +135,100 @@ def test_every_recipe_is_sound(name: str, tmp_path: Path):
     assert [line for line in screen.splitlines() if line.startswith("problem: ")] == []
 
 
+# Of each method: its policy, and in how many runs of which settings the sweep in its file results.
+METHODS = {
+    "vanilla": ("student", 0),
+    "trb": ("trb", 5 * 3),
+    "fixed_epsilon": ("fixed_epsilon", 5),
+    "fixed_beta": ("fixed_beta", 4),
+    "teacher_mix": ("teacher_mix", 3),
+    "skd": ("skd", 3 * 3),
+    "teacher": ("teacher", 3),
+    "temperature_warmup": ("temperature", 3 * 2),
+    "saki": ("saki", 5 * 3),
+}
+
+
+def commands(method: str) -> list[list[str]]:
+    """The commands in the comment of a method's file."""
+    lines = (ROOT / "recipes" / "methods" / f"{method}.yaml").read_text().splitlines()
+    start = "#   python -m verl_trb.main "
+    return [shlex.split(line.removeprefix(start)) for line in lines if line.startswith(start)]
+
+
+def sweep(method: str) -> list[DictConfig]:
+    """The `trb` settings of every run of a method's sweep, of which only the first is composed here."""
+    _, command = commands(method)
+    assert command[:3] == ["-m", "recipe=qwen3_1p7b", f"method={method}"]
+    config = compose(*command[1:3])
+    assert config.actor_rollout_ref.model.path == "Qwen/Qwen3-1.7B-Base"
+    parse = OverridesParser.create().parse_overrides
+    (points,) = BasicSweeper.split_arguments(parse(command[3:]), max_batch_size=None)
+    runs = []
+    for point in points:
+        runs.append(run := config.copy())
+        for override in parse(list(point)):
+            OmegaConf.update(run, override.key_or_group, override.value())
+    return [run.trb for run in runs]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_commands_of_a_method(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One word chooses it; its sweep is as large as it says, and every run is sound and different."""
+    monkeypatch.chdir(tmp_path)
+    policy, runs = METHODS[method]
+    single = commands(method)[0]
+    assert single[:2] == ["recipe=quickstart", f"method={method}"]
+    config = compose(*single)
+    assert (config.trb.policy, config.trb.method, config.trb.prepare) == (policy, method, "table_walk")
+    assert Path(config.trb.run_dir).name == f"quickstart-{method}"
+    check_guidance(config.trb)
+    if runs:
+        settings = sweep(method)
+        for trb in settings:
+            assert trb.policy == policy
+            check_guidance(trb)
+        assert len(settings) == len({str([guidance(trb, step) for step in range(1, 60)]) for trb in settings}) == runs
+
+
+def test_the_paper_s_sweeps():
+    """arXiv 2605.31159's grids, by what every run does."""
+
+    def grid(method: str, *keys: str) -> set[tuple]:
+        return {tuple(OmegaConf.select(trb, key) for key in keys) for trb in sweep(method)}
+
+    epsilons = (0.001, 0.005, 0.01, 0.02, 0.05)
+    assert grid("trb", "epsilon", "warmup_steps") == {(e, k) for e in epsilons for k in (15, 25, 50)}
+    assert grid("fixed_epsilon", "epsilon") == {(e,) for e in epsilons}
+    params = "policy_params.k", "policy_params.temperature"
+    assert grid("skd", *params) == {(k, t) for k in (15, 25, 50) for t in (0.2, 0.6, 1.0)}
+    warmups = set()
+    for trb in sweep("temperature_warmup"):
+        values = [guidance(trb, step) for step in range(1, 99)]
+        warmups.add((values[0]["temperature"], values.index(None)))
+    assert warmups == {(t, k) for t in (0.8, 0.9, 0.95) for k in (15, 25)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_method_goes_with_every_recipe(recipe: str, tmp_path: Path):
+    for method in names(METHOD):
+        config = compose(f"recipe={recipe}", f"method={method}", f"trb.cache_dir={tmp_path}")
+        check_guidance(config.trb)
+        assert config.trb.teacher.path == compose(f"recipe={recipe}").trb.teacher.path
+
+
+def test_a_method_is_part_of_the_dry_run(tmp_path: Path):
+    code, screen = dry("recipe=quickstart", "method=skd", f"trb.cache_dir={tmp_path}")
+    assert code == 0 and "skd, k = 3, temperature = 0.6" in screen
+    code, screen = dry("recipe=quickstart", "method=skd", "trb.policy_params.k=2.5", f"trb.cache_dir={tmp_path}")
+    assert code == 2 and screen.count("k must be a whole number") == 1
+
+
 def test_names():
-    names = recipe_names()
-    assert {"quickstart", "qwen3_1p7b", "qwen3_0p6b", "smollm2_pruned"} <= set(names)
-    assert not any(name.startswith("_") for name in names)
+    assert {"quickstart", "qwen3_1p7b", "qwen3_0p6b", "smollm2_pruned"} <= set(recipe_names())
+    assert set(METHODS) <= set(names(METHOD))
+    assert not any(name.startswith("_") for name in [*recipe_names(), *names(METHOD)])
 
 
 def recipe_of_ones_own(folder: Path) -> None:
@@ -143,6 +243,12 @@ def test_folder_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = compose("recipe=mine")
     assert (config.trb.epsilon, config.trb.prepare) == (0.077, "table_walk")
     assert "mine" in recipe_names()
+    (tmp_path / "own" / "methods").mkdir()
+    method = "# @package _global_\ntrb:\n  policy: teacher_mix\n  policy_params: {alpha: 0.7}\n"
+    (tmp_path / "own" / "methods" / "strong.yaml").write_text(method)
+    config = compose("recipe=quickstart", "method=strong")
+    assert (config.trb.policy, config.trb.policy_params.alpha) == ("teacher_mix", 0.7)
+    assert "strong" in names(METHOD)
     monkeypatch.setenv("VERL_TRB_RECIPES", f"{tmp_path}/nowhere")
     with pytest.raises(ValueError, match="nowhere, which is not a folder"):
         compose("recipe=quickstart")
@@ -181,9 +287,9 @@ def test_normal_install_brings_the_recipes(tmp_path: Path):
         (points,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
         assert "verl_trb_cpu = verl_trb.platforms:register" in archive.read(points).decode()
     program = (
-        "import verl_trb; from verl_trb.recipe_source import recipe_names; from verl_trb.composition import run; "
-        "print(verl_trb.__file__); print(*recipe_names()); "
-        "run(lambda config: print(config.trb.epsilon) or 0, ['recipe=quickstart'])"
+        "import verl_trb; from verl_trb.recipe_source import names; from verl_trb.composition import run; "
+        "print(verl_trb.__file__); print(*names('recipe'), *names('method')); "
+        "run(lambda config: print(config.trb.epsilon) or 0, ['recipe=quickstart', 'method=skd'])"
     )
     environment = os.environ | {"PYTHONPATH": str(target)}
     done = subprocess.run(
@@ -194,7 +300,7 @@ def test_normal_install_brings_the_recipes(tmp_path: Path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    where, names, epsilon = done.stdout.splitlines()
+    where, found, epsilon = done.stdout.splitlines()
     assert Path(where).is_relative_to(target)
-    assert names.split() == recipe_names()
+    assert found.split() == [*recipe_names(), *names(METHOD)]
     assert float(epsilon) == compose("recipe=quickstart").trb.epsilon

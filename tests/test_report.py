@@ -134,6 +134,11 @@ def test_the_warmup_ends_at_the_first_step_without_a_trust_region() -> None:
         ("trb: {policy: trb, epsilon: 5e-05, warmup_steps: 30}", "TRB ε₀=5e-05 K=30"),
         ("trb: {policy: student, epsilon: 0.05, warmup_steps: 30}", "vanilla OPD (student rollouts)"),
         ("trb: {policy: skd, epsilon: 0.05, warmup_steps: 30}", "skd"),
+        (
+            "trb: {policy: temperature, method: temperature_warmup, epsilon: 0.05, warmup_steps: 30}",
+            "temperature_warmup",
+        ),
+        ("trb: {policy: /home/me/mine.py:either, epsilon: 0.05, warmup_steps: 30}", "either"),
         ("trb: {policy: trb}", "my-run"),
         ("trb: [", "my-run"),
         ("", "my-run"),

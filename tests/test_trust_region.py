@@ -195,6 +195,21 @@ def test_teacher_far_below_the_student():
         assert float(beta[i]) == pytest.approx(best, rel=0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sure_models_that_disagree(dtype):
+    """Each all but certain of its own token: KL is like a step in beta, on which Newton's steps alone creep."""
+    student, teacher, epsilons = [], [], (0.003, 0.02, 0.3, 1.0, 5.0)
+    for gap in (8.0, 12.0, 17.0, 25.0, 40.0):
+        student.append([gap, 0.0, 0.0])
+        teacher.append([0.0, gap, gap / 2])
+    logp_student, logp_teacher = (torch.tensor(x, dtype=dtype).log_softmax(-1) for x in (student, teacher))
+    for epsilon in epsilons:
+        log_mu, beta, kl = blend(logp_student, logp_teacher, epsilon)
+        for i in range(len(student)):
+            slack = 0.0 if dtype == torch.float64 else 3e-6
+            check_row(log_mu[i], beta[i], kl[i], logp_student[i], logp_teacher[i], epsilon, slack)
+
+
 @pytest.mark.parametrize("tolerance", [1e-1, 1e-2, 1e-5, 1e-8])
 def test_tolerance(tolerance):
     logp_student, logp_teacher = pair(20, 200, gap=2.0, dtype=torch.float64)

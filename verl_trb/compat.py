@@ -52,7 +52,8 @@ INTERFACES: dict[str, tuple[str, ...]] = {
         "PPOTrainer.on_step_end",
     ),
     "verl.trainer.ppo.v1.trainer_sync": ("PPOTrainerSync",),
-    "verl.trainer.ppo.v1.agent_loop_tq": ("AgentLoopManagerTQ", "AgentLoopWorkerTQ"),
+    "verl.experimental.agent_loop.agent_loop": ("AgentLoopOutput.as_dict", "AgentLoopWorker._run_agent_loop"),
+    "verl.trainer.ppo.v1.agent_loop_tq": ("AgentLoopManagerTQ", "AgentLoopWorkerTQ._agent_loop_postprocess"),
     "verl.workers.engine_workers": (
         "ActorRolloutRefWorker.init_model",
         "ActorRolloutRefWorker.set_loss_fn",

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from verl_trb.config import explain, trb_config, unknown_key
 from verl_trb.errors import ConfigError
-from verl_trb.recipe_source import GROUP, recipe_file, recipe_names, register
+from verl_trb.recipe_source import GROUP, METHOD, names, recipe_file, register
 from verl_trb.rollout.engine_args import model_length
 from verl_trb.verl_keys import check_keys_and_kinds, known_keys
 
@@ -81,7 +81,9 @@ def complete(config: DictConfig) -> None:
     check_keys_and_kinds(config, added, recipe)
     with open_dict(config):
         config.trb.recipe = recipe
-        run_dir = trb.run_dir or f"runs/{_run_name(recipe, trb.policy, overrides, hydra_config.mode)}"
+        config.trb.method = method = hydra_config.runtime.choices[METHOD] or ""
+        config.trb.policy = policy = _absolute(trb.policy)
+        run_dir = trb.run_dir or f"runs/{_run_name(recipe, method, policy, overrides, hydra_config.mode)}"
         config.trb.run_dir = str(Path(run_dir).expanduser().absolute())
         if config.trainer.experiment_name is None:
             config.trainer.experiment_name = Path(run_dir).name
@@ -94,12 +96,12 @@ def sentence(error: Exception) -> str:
     """What Hydra, OmegaConf or the YAML parser has to say over many lines, in one sentence."""
     if isinstance(error, MissingConfigException):
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
-        if group == GROUP:
-            return f"There is no recipe {name!r}; {_recipes(name)}"
+        if group in (GROUP, METHOD):
+            return f"There is no {group} {name!r}; {_choices(group, name)}"
     if isinstance(error, OverrideParseException):
         return f"Cannot read {error.override!r} in the command: write key=value, and quote what the shell would change."
     if str(error).startswith(f"You must specify '{GROUP}'"):
-        return f"No recipe given; {_recipes()}"
+        return f"No recipe given; {_choices(GROUP)}"
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         return f"{mark.name}, line {mark.line + 1}: {error.problem or 'not YAML'}."
@@ -114,21 +116,30 @@ def sentence(error: Exception) -> str:
     return f"The configuration cannot be composed: {' '.join(str(error).split())}."
 
 
-def _recipes(name: str = "") -> str:
-    names = recipe_names()
-    near = difflib.get_close_matches(name, names, n=3)
-    return f"did you mean recipe={near[0]}?" if near else f"choose with recipe=NAME from {', '.join(names)}."
+def _choices(group: str, name: str = "") -> str:
+    known = names(group)
+    near = difflib.get_close_matches(name, known, n=3)
+    return f"did you mean {group}={near[0]}?" if near else f"choose with {group}=NAME from {', '.join(known)}."
 
 
-def _run_name(recipe: str, policy: str, overrides: list[str], mode: RunMode | None) -> str:
-    """recipe, -policy if the command changed it, and in a sweep what distinguishes the run."""
+def _run_name(recipe: str, method: str, policy: str, overrides: list[str], mode: RunMode | None) -> str:
+    """recipe, -method if one was chosen, -policy if the command changed it, and in a sweep what tells runs apart."""
     name = recipe.replace("/", "_")
-    if policy != _policy_of(recipe):
-        name += f"-{policy}"
+    if method:
+        name += f"-{method.replace('/', '_')}"
+    chosen = not method or any(item.startswith("trb.policy=") for item in overrides)
+    if chosen and policy != _policy_of(recipe):
+        name += f"-{policy.rpartition(':')[2]}"
     if mode == RunMode.MULTIRUN:
-        own = [item for item in overrides if not item.startswith((f"{GROUP}=", "trb.policy="))]
+        own = [item for item in overrides if not item.startswith((f"{GROUP}=", f"{METHOD}=", "trb.policy="))]
         name += "".join(f"-{item.lstrip('+').replace('/', '_')}" for item in own)
     return name
+
+
+def _absolute(policy: str) -> str:
+    """FILE:NAME with the file's whole path, because workers may stand elsewhere."""
+    file, colon, name = policy.rpartition(":")
+    return f"{Path(file).expanduser().absolute()}:{name}" if colon else policy
 
 
 def _policy_of(recipe: str) -> str:

@@ -42,10 +42,11 @@ class TrbConfig:
     """Trust-region behavior blending: rollouts, loss, and where a run keeps its files.
 
     teacher: the model to be distilled; the student is verl's actor_rollout_ref.model.path.
-    policy: the distribution rollouts are drawn from, a name of verl_trb/policies.py.
-    policy_params: its own parameters, by name.
+    policy: the distribution rollouts are drawn from, a name of verl_trb/policies.py or FILE.py:NAME of one's own.
+    policy_params: its own parameters by name, each a number or a schedule: [step, value] points, steps from 1.
     epsilon: epsilon_0, the trust region's size at the first step, nats per token, >= 0.
-    warmup_steps: K >= 1, steps after which rollouts are the student's own.
+    warmup_steps: K >= 1, steps after which rollouts are the student's own, for policies that are a warm-up.
+    guided_steps: the same for any policy, >= 1; null is warmup_steps for warm-ups, else the whole run.
     draft_tokens: gamma >= 1, tokens the student drafts before the teacher reads them.
     loss: how the divergence is computed: over the `full` vocabulary, on `topk` tokens, or of the `sampled` token.
     topk: k >= 1 of the top-k losses.
@@ -60,7 +61,7 @@ class TrbConfig:
     cache_dir: folder of what `prepare` makes.
     prefork: start Ray's workers as forks of one process that has imported everything, for recipes on one CPU machine.
     run_dir: folder of this run's results; null is runs/<recipe>[-<policy>].
-    recipe: name of the recipe, filled in from the command.
+    recipe, method: their names, filled in from the command.
     """
 
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -68,6 +69,7 @@ class TrbConfig:
     policy_params: dict[str, Any] = field(default_factory=dict)
     epsilon: float = 0.02
     warmup_steps: int = 50
+    guided_steps: int | None = None
     draft_tokens: int = 4
     loss: str = "full"
     topk: int = 16
@@ -83,6 +85,7 @@ class TrbConfig:
     prefork: bool = False
     run_dir: str | None = None
     recipe: str = ""
+    method: str = ""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.epsilon) and self.epsilon >= 0):
@@ -95,6 +98,8 @@ class TrbConfig:
             "topk": "tokens of the top-k loss",
             "loss_chunk_tokens": "tokens whose logits exist at one time",
         }
+        if self.guided_steps is not None:
+            at_least_one["guided_steps"] = "steps until rollouts are the student's own; trb.policy=student has none"
         for name, meaning in at_least_one.items():
             if getattr(self, name) < 1:
                 raise ConfigError(f"trb.{name} must be >= 1 ({meaning}), got {getattr(self, name)}.")
@@ -122,7 +127,7 @@ def _check_weights(distill: Any, reward: Any, sft_steps: int) -> None:
         if value_at(reward, step) > 0:
             raise ConfigError(
                 f"trb.reward_weight is {value_at(reward, step):g} at step {step}, but the first trb.sft_steps="
-                f"{sft_steps} steps have the teacher's rollouts, no use to the student's policy gradient; let it rise later."
+                f"{sft_steps} steps are supervised fine-tuning on the teacher's rollouts; let it rise later."
             )
 
 
@@ -140,7 +145,7 @@ def trb_config(config: DictConfig) -> TrbConfig:
 
 def trb_keys() -> list[str]:
     """Every key that may be set under `trb`, dotted."""
-    own = [f"trb.{name}" for name in TrbConfig.__dataclass_fields__ if name != "recipe"]
+    own = [f"trb.{name}" for name in TrbConfig.__dataclass_fields__ if name not in ("recipe", "method")]
     return [*own, *(f"trb.teacher.{name}" for name in TeacherConfig.__dataclass_fields__)]
 
 
@@ -178,4 +183,7 @@ def _one_of(key: str, value: str, allowed: Iterable[str]) -> None:
 
 
 # base.yaml starts `trb` from this schema, so Hydra checks every value that is merged into it.
-ConfigStore.instance().store(group="trb", name="schema", node=TrbConfig, package="trb", provider="verl_trb")
+SCHEMA = OmegaConf.structured(TrbConfig)
+for _name in ("policy_params", "divergence_params"):
+    OmegaConf.set_struct(SCHEMA[_name], False)  # a command may name any parameter; the policy or loss knows which exist
+ConfigStore.instance().store(group="trb", name="schema", node=SCHEMA, package="trb", provider="verl_trb")

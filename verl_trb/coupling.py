@@ -96,6 +96,16 @@ def couple(
     )
 
 
+def mark_corrections(logp: Tensor, corrected: Tensor) -> Tensor:
+    """Log-probabilities whose sign says which of their tokens are corrections: > 0 there, <= 0 elsewhere.
+
+    logp, corrected: of one shape. |result| is |logp|, but for what rounding leaves above 0 (0, or the smallest normal
+    number where corrected).
+    """
+    logp = logp.clamp(max=0)
+    return torch.where(corrected, (-logp).clamp(min=torch.finfo(logp.dtype).tiny), logp)
+
+
 def _correct(log_mu_BV: Tensor, logp_student_BV: Tensor, generator: torch.Generator | None) -> Tensor:
     """One token a row from (mu - pi_S)+, normalized: token_B."""
     mu_BV = log_mu_BV.exp()

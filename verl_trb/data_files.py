@@ -124,7 +124,7 @@ def _answer_fault(reward_model: Any) -> str:
 
 def _read_json_lines(file: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(file.read_text().splitlines()):
+    for number, line in enumerate(file.read_text(encoding="utf-8").rstrip("\n").split("\n")):
         try:
             row = json.loads(line)
         except ValueError as error:

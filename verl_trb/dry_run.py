@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, ListConfig, open_dict
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -17,7 +17,6 @@ from verl_trb.data_files import files_of
 from verl_trb.errors import UserError
 from verl_trb.model_files import Model, find_model
 from verl_trb.rollout.engine_args import batched_tokens, model_length
-from verl_trb.schedules import annealed_epsilon
 from verl_trb.setting_checks import batch_table
 
 WIDTH = 110
@@ -130,24 +129,25 @@ def _batches(config: DictConfig) -> Table:
 
 
 def _schedules(config: DictConfig) -> Table:
+    from verl_trb.guidance import check_guidance, describe, guidance, last_guided_step
+
     trb, optim = config.trb, config.actor_rollout_ref.actor.optim
-    middle = trb.warmup_steps // 2
-    last = max(config.trainer.total_training_steps or 0, trb.warmup_steps + 1)
-    steps = sorted(
-        {
-            1,
-            2,
-            max(middle, 1),
-            max(optim.lr_warmup_steps, 0) + 1,
-            trb.warmup_steps,
-            trb.warmup_steps + 1,
-            last,
-        }
-    )
-    table = _table(f"Schedules ({trb.policy}, ε₀ = {trb.epsilon:g}, K = {trb.warmup_steps})", "step", *map(str, steps))
-    # The student's own rollouts need no budget.
-    epsilon = 0.0 if trb.policy == "student" else trb.epsilon
-    table.add_row("ε, nats a token", *(f"{annealed_epsilon(step, epsilon, trb.warmup_steps):.3g}" for step in steps))
+    try:
+        check_guidance(trb)
+    except ValueError:  # listed below
+        return _table(f"Schedules ({trb.policy})")
+    turns = {1, 2, max(optim.lr_warmup_steps, 0) + 1}
+    schedules = [value for value in trb.policy_params.values() if isinstance(value, ListConfig)]
+    turns |= {max(1, round(step)) for points in schedules for step, _ in points}
+    if last := last_guided_step(trb):
+        turns |= {max(last // 2, 1), last, last + 1}
+    steps = sorted(turns | {max(config.trainer.total_training_steps or 0, *turns)})
+    table = _table(f"Schedules ({describe(trb)})", "step", *map(str, steps))
+    values = [guidance(trb, step) for step in steps]
+    table.add_row("rollouts", *("student" if value is None else "guided" for value in values))
+    for name in next(filter(None, values), {}):
+        unit = "ε, nats a token" if name == "epsilon" else name
+        table.add_row(unit, *("" if value is None else f"{value[name]:.3g}" for value in values))
     if optim.lr_scheduler_type == "constant":
         warmup = max(optim.lr_warmup_steps, 0)
         rates = (optim.lr * min(1.0, (step - 1) / warmup if warmup else 1.0) for step in steps)

@@ -1,6 +1,7 @@
 """The entry point.
 
     python -m verl_trb.main recipe=quickstart                         # run a recipe of the folder recipes/
+    python -m verl_trb.main recipe=quickstart method=skd              # with a method of the folder recipes/methods/
     python -m verl_trb.main recipe=quickstart trb.epsilon=0.02        # override anything, ours or verl's
     python -m verl_trb.main recipe=qwen3_1p7b dry_run=true            # print what would run and what is wrong
 
@@ -22,7 +23,7 @@ from rich.text import Text
 
 from verl_trb import composition
 from verl_trb.errors import UserError
-from verl_trb.recipe_source import recipe_names
+from verl_trb.recipe_source import GROUP, METHOD, names
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         if {"-h", "--help"} & set(sys.argv[1:] if arguments is None else arguments):
-            print(f"{__doc__.strip()}\n\nRecipes: {', '.join(recipe_names())}")
+            print(f"{__doc__.strip()}\n\nRecipes: {', '.join(names(GROUP))}\nMethods: {', '.join(names(METHOD))}")
             return 0
         return composition.run(run, arguments)
     except UserError as error:
@@ -64,12 +65,13 @@ def run(config: DictConfig) -> int:
     with ExitStack() as stack:
         screen = stack.enter_context(quiet(logs / "driver.log"))
         display = stack.enter_context(Display(screen, config.trainer.total_training_steps or 0))
-        display.header(header(config))
         py_executable = None
         if config.trb.prefork:
             variables = (config.ray_kwargs.ray_init.get("runtime_env") or {}).get("env_vars") or {}
             py_executable = stack.enter_context(template(variables, str(logs / "template.log")))
         try:
+            preflight.check_policy(config)
+            display.header(header(config))
             if config.trb.prepare:
                 display.stage(f"models and data of {config.trb.prepare}")
                 prepare(config, display.stage)
@@ -102,7 +104,7 @@ def results(config: DictConfig, display: Any, finished: bool) -> None:
     if not finished:
         return
     places = {"picture": run_dir / REPORT, "student": run_dir / STUDENT, "metrics": run_dir / METRICS}
-    vanilla = f"python -m verl_trb.main recipe={config.trb.recipe} trb.policy=student"
+    vanilla = f"python -m verl_trb.main recipe={config.trb.recipe} method=vanilla"
     display.summary(summary(read_metrics(run_dir)), places, "" if config.trb.policy == "student" else vanilla)
 
 
@@ -123,14 +125,15 @@ def prepare(config: DictConfig, progress: Callable[[str], None]) -> None:
 
 def header(config: DictConfig) -> dict[str, str]:
     """What the screen says first."""
+    from verl_trb.guidance import describe
     from verl_trb.objective import describe_objective
 
     trb = config.trb
     return {
-        "recipe": trb.recipe,
+        "recipe": f"{trb.recipe}, method {trb.method}" if trb.method else trb.recipe,
         "student": config.actor_rollout_ref.model.path or f"made by task {trb.prepare}",
         "teacher": trb.teacher.path or f"made by task {trb.prepare}",
-        "rollouts": f"{trb.policy}, ε₀ = {trb.epsilon:g}, K = {trb.warmup_steps}, γ = {trb.draft_tokens}",
+        "rollouts": f"{describe(trb)}, γ = {trb.draft_tokens}",
         "loss": describe_objective(trb),
         "results": trb.run_dir,
         "logs": f"{trb.run_dir}/logs",

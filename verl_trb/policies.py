@@ -1,21 +1,26 @@
-"""Rollout policies: functions from (log pi_S, log pi_T, epsilon) to the distribution rollouts are drawn from.
+"""Rollout policies: functions from (log pi_S, log pi_T, parameters) to the distribution rollouts are drawn from.
 
-A new policy is a ten-line file imported before the run:
+A new policy is a ten-line file, used with trb.policy=FILE:NAME:
 
-    @register_policy("teacher_mix")
-    def teacher_mix(logp_student_NV, logp_teacher_NV, epsilon_N, *, alpha=0.2):
-        log_mu_NV = torch.logaddexp(logp_student_NV + math.log(1 - alpha), logp_teacher_NV + math.log(alpha))
+    @register_policy("either", weight=Parameter(0, 1, above=True))
+    def either(logp_student_NV, logp_teacher_NV, *, weight=1.0):
+        log_mu_NV = torch.maximum(logp_student_NV, logp_teacher_NV + math.log(weight)).log_softmax(-1)
         return from_log_mu(log_mu_NV, logp_student_NV)
 
-The coupling (coupling.py) makes an exact rollout out of any of them. Shapes: N prefixes, V vocabulary.
+The coupling (coupling.py) makes an exact rollout out of any of them. A policy sees guided prefixes only, all with the
+same values of its parameters: the sampler draws the others from the student. -inf is probability 0; tokens that are
+masked are -inf in both models. Shapes: N prefixes, V vocabulary.
 """
 
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
-from collections.abc import Callable
-from typing import Any
+import runpy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -23,30 +28,107 @@ from torch import Tensor
 from verl_trb.trust_region import Blend, blend
 from verl_trb.vocabulary import SharedVocabulary, canonicalize
 
-# (logp_student_NV, logp_teacher_NV, epsilon_N, **parameters) -> Blend
-Policy = Callable[..., Blend]
+STUDENT = "student"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """The values a parameter of a policy may take: finite numbers in [low, high].
+
+    above: low itself is excluded; whole: whole numbers only, and no schedule; student_at: the value at which the
+    policy is the student, so that rollouts with it are not guided at all.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+    whole: bool = False
+    student_at: float | None = None
+
+    def takes(self, value: float) -> bool:
+        low = value > self.low if self.above else value >= self.low
+        return math.isfinite(value) and low and value <= self.high and (not self.whole or value == int(value))
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
+        if math.isfinite(self.high):
+            return f"{kind} between {self.low:g} and {self.high:g}"
+        return kind if self.low == -math.inf else f"{kind} {'>' if self.above else '>='} {self.low:g}"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A registered rollout policy; call it as `policy(logp_student_NV, logp_teacher_NV, **values)`.
+
+    parameters: by name, the required ones and those with a value in `defaults`.
+    needs_teacher: False lets the engine skip the teacher's forward pass.
+    warmup: without trb.guided_steps it guides the first trb.warmup_steps steps, epsilon falling to 0; other policies
+      guide the whole run.
+    marks_corrections: rollouts tell the trainer which of their tokens are corrections, see rollout/sampler.py.
+    """
+
+    name: str
+    rule: Callable[..., Blend]
+    parameters: dict[str, Parameter]
+    defaults: dict[str, float] = field(default_factory=dict)
+    needs_teacher: bool = True
+    warmup: bool = False
+    marks_corrections: bool = False
+
+    def __call__(self, logp_student_NV: Tensor, logp_teacher_NV: Tensor, **values: float) -> Blend:
+        return self.rule(logp_student_NV, logp_teacher_NV, **values)
+
 
 _POLICIES: dict[str, Policy] = {}
 
 
-def register_policy(name: str) -> Callable[[Policy], Policy]:
-    """Decorator that makes a policy available as `trb.policy=name`; ValueError if the name is taken."""
+def register_policy(
+    name: str,
+    *,
+    needs_teacher: bool = True,
+    warmup: bool = False,
+    marks_corrections: bool = False,
+    **ranges: Parameter,
+) -> Callable[[Callable[..., Blend]], Callable[..., Blend]]:
+    """Decorator that makes a function available as `trb.policy=name`.
 
-    def register(policy: Policy) -> Policy:
-        if _POLICIES.setdefault(name, policy) is not policy:
+    Its keyword-only arguments are the policy's parameters; `ranges` says which values they take (any finite number
+    for those it leaves out). Raises ValueError if the name is taken.
+    """
+
+    def register(rule: Callable[..., Blend]) -> Callable[..., Blend]:
+        if name in _POLICIES:
             raise ValueError(f"The rollout policy {name!r} is registered already; choose another name.")
-        return policy
+        keywords = [p for p in inspect.signature(rule).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        parameters = {p.name: ranges.get(p.name, Parameter()) for p in keywords}
+        defaults = {p.name: p.default for p in keywords if p.default is not p.empty}
+        _POLICIES[name] = Policy(name, rule, parameters, defaults, needs_teacher, warmup, marks_corrections)
+        return rule
 
     return register
 
 
 def get_policy(name: str) -> Policy:
-    """The policy of that name. Raises ValueError, with the names that come near, if there is none."""
+    """The policy of that name, or after running a file of the user's: FILE.py:NAME.
+
+    Raises ValueError, with the names that come near, if there is none, or if the file cannot be run.
+    """
+    file, _, name = str(name).rpartition(":")
+    if file:
+        _run_file(file)
     if name not in _POLICIES:
-        near = difflib.get_close_matches(str(name), _POLICIES, n=3)
+        near = difflib.get_close_matches(name, _POLICIES, n=3)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {policy_names()}."
         raise ValueError(f"There is no rollout policy {name!r}; {hint}")
     return _POLICIES[name]
+
+
+@cache
+def _run_file(file: str) -> None:
+    try:
+        runpy.run_path(file)
+    except Exception as error:
+        raise ValueError(f"{file} cannot be run: {type(error).__name__}: {error}") from error
 
 
 def policy_names() -> list[str]:
@@ -55,58 +137,175 @@ def policy_names() -> list[str]:
 
 
 @torch.no_grad()
-def behavior(
-    name: str,
+def from_log_mu(log_mu_NV: Tensor, logp_student_NV: Tensor, beta: float = math.nan) -> Blend:
+    """A policy's distribution as a Blend, with KL(mu || pi_S) in nats per row computed.
+
+    log_mu_NV: normalized log-probabilities; -inf is probability 0. KL is inf where mu has mass and pi_S none.
+    beta: the teacher's weight, NaN for policies that have none.
+    """
+    log_mu_NV, logp_NV = _at_least_float32(log_mu_NV, logp_student_NV)
+    mu_NV = log_mu_NV.exp()
+    gap_NV = (log_mu_NV - logp_NV).masked_fill_(mu_NV == 0, 0)
+    kl_N = (mu_NV * gap_NV).sum(-1).clamp_min(0)
+    return Blend(log_mu_NV, torch.full_like(kl_N, beta), kl_N)
+
+
+def guided(
+    policy: Policy,
+    params_N: Sequence[dict[str, float] | None],
     logp_student_NV: Tensor,
-    teacher_logits_NV: Tensor,
-    epsilon_N: Tensor,
+    logp_teacher_NV: Tensor | None,
+) -> Blend:
+    """mu at every position: the policy's where there are parameters, elsewhere pi_S, bitwise, with beta = KL = 0.
+
+    The policy is called once for each set of values that occurs; nearly always that is one for the whole batch.
+    logp_teacher_NV: None while the teacher is skipped. Raises RuntimeError if a guided position needs it then.
+    """
+    groups: dict[tuple[tuple[str, float], ...], list[int]] = {}
+    for n, params in enumerate(params_N):
+        if params is not None:
+            groups.setdefault(tuple(params.items()), []).append(n)
+    if not groups:
+        zero_N = torch.zeros_like(logp_student_NV[:, 0])
+        return Blend(logp_student_NV, zero_N, zero_N)
+    if logp_teacher_NV is None:
+        if policy.needs_teacher:
+            raise RuntimeError(f"a request guided by {policy.name!r} reached the engine while the teacher was skipped")
+        logp_teacher_NV = logp_student_NV
+    if len(groups) == 1 and len(params_N) == sum(map(len, groups.values())):
+        (values,) = groups
+        return policy(logp_student_NV, logp_teacher_NV, **dict(values))
+    log_mu_NV = logp_student_NV.clone()
+    beta_N, kl_N = torch.zeros_like(log_mu_NV[:, 0]), torch.zeros_like(log_mu_NV[:, 0])
+    for values, rows in groups.items():
+        blended = policy(logp_student_NV[rows], logp_teacher_NV[rows], **dict(values))
+        log_mu_NV[rows], beta_N[rows], kl_N[rows] = blended
+    return Blend(log_mu_NV, beta_N, kl_N)
+
+
+@torch.no_grad()
+def behavior(
+    policy: Policy,
+    params_N: Sequence[dict[str, float] | None],
+    logp_student_NV: Tensor,
+    teacher_logits_NV: Tensor | None,
     *,
     vocabulary: SharedVocabulary,
     temperature_N: Tensor | None = None,
-    **parameters: Any,
 ) -> Blend:
-    """The policy `name`, from the teacher's logits as its output layer gives them, [N, at least V].
+    """`guided`, from the teacher's logits as its output layer gives them: [N, at least V], None while it is skipped.
 
-    logp_student_NV: normalized over the shared vocabulary. temperature_N: divides the teacher's logits, [N].
-    For `trb` on a GPU one kernel does all of it (kernels/trust_region_triton.py). Raises ValueError as `get_policy`.
+    temperature_N: divides the teacher's logits. On a GPU one kernel does all of it for a trust region, whatever
+    epsilon each position has (kernels/trust_region_triton.py).
     """
-    if name == "trb" and logp_student_NV.is_cuda and logp_student_NV.dtype != torch.float64:
+    if teacher_logits_NV is None:
+        return guided(policy, params_N, logp_student_NV, None)
+    if policy.rule is trb and logp_student_NV.is_cuda and logp_student_NV.dtype != torch.float64:
         from verl_trb.kernels.trust_region_triton import blend_logits
 
-        return blend_logits(
-            logp_student_NV,
-            teacher_logits_NV,
-            epsilon_N,
-            vocabulary=vocabulary,
-            temperature_N=temperature_N,
-            **parameters,
-        )[0]
+        epsilons = [params["epsilon"] if params is not None else 0.0 for params in params_N]
+        epsilon_N = torch.tensor(epsilons, device=logp_student_NV.device)
+        blended, _ = blend_logits(
+            logp_student_NV, teacher_logits_NV, epsilon_N, vocabulary=vocabulary, temperature_N=temperature_N
+        )
+        return blended
     logits_NV = teacher_logits_NV[:, : vocabulary.size].float()
     if temperature_N is not None:
         logits_NV = logits_NV / temperature_N[:, None]
     logp_teacher_NV = canonicalize(logits_NV, vocabulary, role="teacher").log_softmax(-1)
-    return get_policy(name)(logp_student_NV, logp_teacher_NV, epsilon_N, **parameters)
+    return guided(policy, params_N, logp_student_NV, logp_teacher_NV)
 
 
-@torch.no_grad()
-def from_log_mu(log_mu_NV: Tensor, logp_student_NV: Tensor) -> Blend:
-    """A policy's distribution as a Blend: KL(mu || pi_S) in nats per row computed, beta NaN (it has none).
-
-    log_mu_NV: normalized log-probabilities; -inf is probability 0. KL is inf where mu has mass and pi_S none.
-    """
-    log_mu_NV, logp_NV = (x if x.dtype == torch.float64 else x.float() for x in (log_mu_NV, logp_student_NV))
-    gap_NV = (log_mu_NV - logp_NV).masked_fill_(log_mu_NV == -math.inf, 0)
-    kl_N = (log_mu_NV.exp() * gap_NV).sum(-1).clamp_min(0)
-    return Blend(log_mu_NV, torch.full_like(kl_N, math.nan), kl_N)
+# ------------------------------------------------------------------------------------------ the policies
 
 
-@register_policy("student")
-def student(logp_student_NV: Tensor, logp_teacher_NV: Tensor, epsilon_N: Tensor | float) -> Blend:
-    """Vanilla on-policy distillation: rollouts from the student, whatever the budget."""
+@register_policy(STUDENT, needs_teacher=False)
+def student(logp_student_NV: Tensor, logp_teacher_NV: Tensor) -> Blend:
+    """Vanilla on-policy distillation: rollouts from the student."""
     return blend(logp_student_NV, logp_teacher_NV, 0.0)
 
 
-@register_policy("trb")
-def trb(logp_student_NV: Tensor, logp_teacher_NV: Tensor, epsilon_N: Tensor | float) -> Blend:
-    """Trust-region behavior blending (arXiv 2605.31159): near the teacher within KL <= epsilon."""
-    return blend(logp_student_NV, logp_teacher_NV, epsilon_N)
+EPSILON = Parameter(low=0, student_at=0)
+
+
+@register_policy("trb", warmup=True, epsilon=EPSILON)
+def trb(logp_student_NV: Tensor, logp_teacher_NV: Tensor, *, epsilon: float) -> Blend:
+    """Trust-region behavior blending (arXiv 2605.31159): nearest to the teacher within KL <= epsilon, annealed."""
+    return blend(logp_student_NV, logp_teacher_NV, epsilon)
+
+
+# The paper's control: the same rule at one epsilon for the whole run.
+register_policy("fixed_epsilon", epsilon=EPSILON)(trb)
+
+# SAKI (arXiv 2609.36601): TRB's rollouts; the loss differs where the coupling replaced the student's draft.
+register_policy("saki", warmup=True, marks_corrections=True, epsilon=EPSILON)(trb)
+
+
+@register_policy("fixed_beta", beta=Parameter(0, 1, student_at=0))
+def fixed_beta(logp_student_NV: Tensor, logp_teacher_NV: Tensor, *, beta: float) -> Blend:
+    """mu = pi_S^(1-beta) pi_T^beta / Z with one beta everywhere: TRB without a trust region.
+
+    0 where either model gives 0 (for beta in (0, 1)); pi_S or pi_T at the ends; the student where the two have no
+    token in common.
+    """
+    logp_S_NV, logp_T_NV = _at_least_float32(logp_student_NV, logp_teacher_NV)
+    if beta in (0, 1):
+        return from_log_mu(logp_T_NV if beta == 1 else logp_S_NV, logp_S_NV, beta)
+    mixed_NV = (1 - beta) * logp_S_NV + beta * logp_T_NV
+    apart_N1 = (mixed_NV == -math.inf).all(-1, keepdim=True)
+    return from_log_mu(torch.where(apart_N1, logp_S_NV, mixed_NV).log_softmax(-1), logp_S_NV, beta)
+
+
+@register_policy("teacher_mix", alpha=Parameter(0, 1, student_at=0))
+def teacher_mix(logp_student_NV: Tensor, logp_teacher_NV: Tensor, *, alpha: float = 0.2) -> Blend:
+    """MiniLLM's rollouts (arXiv 2306.08543): mu = alpha pi_T + (1 - alpha) pi_S."""
+    logp_S_NV, logp_T_NV = _at_least_float32(logp_student_NV, logp_teacher_NV)
+    return from_log_mu(torch.logaddexp(logp_S_NV + _log(1 - alpha), logp_T_NV + _log(alpha)), logp_S_NV)
+
+
+@register_policy("teacher")
+def teacher(logp_student_NV: Tensor, logp_teacher_NV: Tensor) -> Blend:
+    """Rollouts from the teacher alone: mu = pi_T."""
+    return from_log_mu(logp_teacher_NV, logp_student_NV, beta=1.0)
+
+
+@register_policy("skd", k=Parameter(low=1, whole=True), temperature=Parameter(low=0, above=True))
+def skd(logp_student_NV: Tensor, logp_teacher_NV: Tensor, *, k: int = 25, temperature: float = 1.0) -> Blend:
+    """Speculative knowledge distillation (arXiv 2410.11325): keep the student's token if it is among the teacher's k
+    most likely, else draw from pi_T^(1/temperature), normalized. As a distribution
+
+        mu = pi_S 1[top-k] + pi_S(outside) pi_T^(1/temperature) / Z
+
+    Of equally likely tokens the lower ids are in the top-k; tokens the teacher gives 0 never are. Raises ValueError
+    for k > V.
+    """
+    logp_S_NV, logp_T_NV = _at_least_float32(logp_student_NV, logp_teacher_NV)
+    if k > logp_T_NV.shape[-1]:
+        raise ValueError(f"k must be at most the vocabulary's size {logp_T_NV.shape[-1]}, but is {k}.")
+    top_NV = _top_k(logp_T_NV, int(k))
+    log_outside_N1 = logp_S_NV.masked_fill(top_NV, -math.inf).logsumexp(-1, keepdim=True)
+    resampled_NV = (logp_T_NV / temperature).log_softmax(-1) + log_outside_N1
+    return from_log_mu(torch.logaddexp(logp_S_NV.masked_fill(~top_NV, -math.inf), resampled_NV), logp_S_NV)
+
+
+@register_policy("temperature", needs_teacher=False, temperature=Parameter(low=0, above=True, student_at=1))
+def temperature(logp_student_NV: Tensor, logp_teacher_NV: Tensor, *, temperature: float) -> Blend:
+    """The student at another temperature, mu = pi_S^(1/temperature) / Z; the teacher is not asked."""
+    (logp_S_NV,) = _at_least_float32(logp_student_NV)
+    return from_log_mu((logp_S_NV / temperature).log_softmax(-1), logp_S_NV)
+
+
+def _top_k(logp_NV: Tensor, k: int) -> Tensor:
+    """Mask of each row's k most likely tokens: of ties the lowest ids, whatever the device's topk does; no -inf."""
+    least_N1 = logp_NV.topk(k).values[:, -1:]
+    above_NV, tied_NV = logp_NV > least_N1, (logp_NV == least_N1) & (logp_NV > -math.inf)
+    room_N1 = k - above_NV.sum(-1, keepdim=True)
+    return above_NV | (tied_NV & (tied_NV.cumsum(-1) <= room_N1))
+
+
+def _at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x if x.dtype == torch.float64 else x.float() for x in tensors)
+
+
+def _log(value: float) -> float:
+    return math.log(value) if value > 0 else -math.inf

@@ -59,19 +59,21 @@ def check_models(config: DictConfig) -> None:
 
 
 def check_tokenizers(config: DictConfig) -> None:
-    """Student and teacher share one vocabulary; the first tokens that differ are named."""
+    """Student and teacher share one vocabulary (the first tokens that differ are named) that the policy fits."""
+    from verl_trb.guidance import check_vocabulary
     from verl_trb.vocabulary import from_tokenizers
 
     student, teacher = models(config).values()
     if student is None or teacher is None:
         return
     try:
-        from_tokenizers(
+        vocabulary = from_tokenizers(
             _tokenizer(STUDENT, config.actor_rollout_ref.model.tokenizer_path or student.folder),
             _tokenizer(TEACHER, teacher.folder),
             student_rows=student.vocabulary_rows,
             teacher_rows=teacher.vocabulary_rows,
         )
+        check_vocabulary(config.trb, vocabulary.size)
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -90,9 +92,9 @@ def _check_data(config: DictConfig, key: str, needed: int) -> None:
     files = files_of(config.data[key])
     if not files:
         raise UserError(f"data.{key} is not set; give a parquet file in verl's format.")
-    for file in files:
-        if not file.exists():
-            raise Absent(f"data.{key}: there is no file {file}.")
+    if missing := [file for file in files if not file.exists()]:
+        names = ", ".join(map(str, missing))
+        raise Absent(f"data.{key}: there is no file {names}{_how_to_make(missing)}.")
     rows = {file: read_rows(file) for file in files}
     for file in files:
         check_rows(file, rows[file], config.data)
@@ -106,6 +108,19 @@ def _check_data(config: DictConfig, key: str, needed: int) -> None:
         usable = sum(check_lengths(file, rows[file], config.data, tokenizer) for file in files)
     if usable < needed:
         raise UserError(f"data.{key} has {usable} usable rows, fewer than the {needed} of a batch.")
+
+
+def _how_to_make(files: list[Path]) -> str:
+    """The command that makes data files with these names and in this folder, if there is one."""
+    from verl_trb.data.sources import SOURCES
+    from verl_trb.prepare_data import FOLDER
+
+    folders = {file.parent for file in files}
+    if len(folders) > 1 or any(file.suffix != ".parquet" or file.stem not in SOURCES for file in files):
+        return ""
+    elsewhere = "" if folders == {Path(FOLDER).expanduser()} else f" --out {folders.pop()}"
+    names = " ".join(file.stem for file in files)
+    return f"; make it with `python -m verl_trb.prepare_data {names}{elsewhere}`"
 
 
 # ------------------------------------------------------------------------------------------ machine

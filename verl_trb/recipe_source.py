@@ -1,13 +1,14 @@
-"""Where Hydra finds configurations: verl's own folder, and `recipe=NAME` in one or more folders of recipes.
+"""Where Hydra finds configurations: verl's own folder, and one or more folders with recipes and methods.
 
-Hydra looks for `recipe=NAME` in a folder named `recipe` on its search path; here the files NAME.yaml of this
-project's recipes (top-level folder of the repository, package data when installed) and of the user's own
-folders (environment variable VERL_TRB_RECIPES, separated by colons, searched first) serve as that folder.
-Files whose name starts with an underscore are parts for recipes to include and are not listed.
+Hydra looks for `recipe=NAME` and `method=NAME` in folders of those names on its search path; here the files NAME.yaml
+and methods/NAME.yaml of this project's recipes (top-level folder of the repository, package data when installed) and
+of the user's own folders (environment variable VERL_TRB_RECIPES, separated by colons, searched first) serve as those.
+Files whose name starts with an underscore are parts for others to include and are not listed.
 """
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
@@ -19,30 +20,33 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 
 from verl_trb.errors import UserError
 
-GROUP = "recipe"
+GROUP, METHOD = "recipe", "method"
+FOLDERS = {GROUP: "", METHOD: "methods"}  # of each config group, within a folder of recipes
 ENVIRONMENT = "VERL_TRB_RECIPES"
 
 
 class RecipeSource(FileConfigSource):
-    """Serves the files of one folder as the config group `recipe`."""
+    """Serves the files of one folder as the config groups `recipe` and `method`."""
 
     @staticmethod
     def scheme() -> str:
         return "recipes"
 
     def load_config(self, config_path: str) -> ConfigResult:
-        return super().load_config(_within_group(config_path))
+        return super().load_config(_within_folder(config_path))
 
     def is_group(self, config_path: str) -> bool:
-        return config_path in ("", GROUP) and super().is_group("")
+        return config_path == "" or (config_path in FOLDERS and super().is_group(FOLDERS[config_path]))
 
     def is_config(self, config_path: str) -> bool:
-        return config_path.startswith(f"{GROUP}/") and super().is_config(_within_group(config_path))
+        return config_path.startswith(tuple(f"{group}/" for group in FOLDERS)) and super().is_config(
+            _within_folder(config_path)
+        )
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
-        if config_path != GROUP:
-            return [GROUP] if results_filter != ObjectType.CONFIG else []
-        return [name for name in super().list("", results_filter) if not name.startswith("_")]
+        if config_path not in FOLDERS:
+            return list(FOLDERS) if results_filter != ObjectType.CONFIG else []
+        return sorted(_listed(Path(self.path) / FOLDERS[config_path]))
 
 
 class SearchPath(SearchPathPlugin):
@@ -69,10 +73,17 @@ def recipe_folders() -> list[Path]:
     return [*(folder.resolve() for folder in folders), _own_folder()]
 
 
+def names(group: str) -> list[str]:
+    """What `recipe=` or `method=` takes, sorted."""
+    return sorted({name for folder in recipe_folders() for name in _listed(folder / FOLDERS[group])})
+
+
 def recipe_names() -> list[str]:
-    """Names that `recipe=` takes, sorted."""
-    files = (file for folder in recipe_folders() for file in folder.glob("*.yaml"))
-    return sorted({file.stem for file in files if not file.stem.startswith("_")})
+    return names(GROUP)
+
+
+def method_names() -> list[str]:
+    return names(METHOD)
 
 
 def recipe_file(name: str) -> Path | None:
@@ -94,5 +105,10 @@ def _own_folder() -> Path:
     return installed if installed.is_dir() else package.parent / "recipes"
 
 
-def _within_group(config_path: str) -> str:
-    return config_path.removeprefix(f"{GROUP}/")
+def _listed(folder: Path) -> Iterator[str]:
+    return (file.stem for file in folder.glob("*.yaml") if not file.stem.startswith("_"))
+
+
+def _within_folder(config_path: str) -> str:
+    group, _, name = config_path.partition("/")
+    return f"{FOLDERS[group]}/{name}".lstrip("/")

@@ -146,7 +146,8 @@ def run_label(run_dir: Path) -> str:
         policy, trb_label = str(trb["policy"]), f"TRB ε₀={float(trb['epsilon']):g} K={trb['warmup_steps']}"
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
         return run_dir.resolve().name
-    return {"student": "vanilla OPD (student rollouts)", "trb": trb_label}.get(policy, policy)
+    name = trb.get("method") or policy.rpartition(":")[2]
+    return {"student": "vanilla OPD (student rollouts)", "trb": trb_label}.get(policy, name)
 
 
 def draw_report(run_dirs: Sequence[Path], out: Path) -> None:

@@ -25,13 +25,14 @@ def check_environment(config: DictConfig) -> None:
 
 
 def check_policy(config: DictConfig) -> None:
-    """trb.policy is a registered rollout policy."""
-    from verl_trb.policies import get_policy
+    """trb.policy is a registered rollout policy, and trb.policy_params are values of its parameters."""
+    from verl_trb.guidance import check_guidance
 
     try:
-        get_policy(config.trb.policy)
+        check_guidance(config.trb)
     except ValueError as error:
-        raise UserError(f"trb.policy: {error}") from None
+        text = str(error)
+        raise UserError(text if "trb.policy" in text or "trb.guided_steps" in text else f"trb.policy: {text}") from None
 
 
 # Rollouts that hardly ever contain some of the student's tokens: pi_S / mu is not bounded by anything.

@@ -19,6 +19,8 @@ from torch import Tensor
 # Log-probabilities under this are probability 0: float64 holds hardly less, and float32 would lose the digits
 # of beta * ratio.
 LOG_ZERO = -700.0
+# Passes after which a bracket that shrinks slowly is halved.
+PATIENCE = 5
 # Stands for infinity in the passes: unlike infinity, it makes no NaN out of 0 * infinity.
 HUGE = 1e30
 # Numbers in one tensor of a block on a CPU: five such tensors in float32 stay in a level-3 cache of 16 MB.
@@ -189,9 +191,10 @@ def solve_beta(
     work_base_NV, work_ratio_NV = base_NV, ratio_NV
     if len(rows) < len(base_NV):
         work_base_NV, work_ratio_NV = base_NV[rows], ratio_NV[rows]
-    for _ in range(max_passes - 1):
+    for trial in range(max_passes - 1):
         if len(rows) == 0:
             break
+        width_N = high_5N[0] - low_5N[0]
         log_z_M, mean_M, variance_M = _moments(work_base_NV, work_ratio_NV, guess_N, scratch_NV)
         passes_N[rows] += 1
         kl_M = (guess_N * mean_M - log_z_M + log_total_N[rows]).clamp_min(0)
@@ -201,6 +204,9 @@ def solve_beta(
         low_5N, high_5N = torch.where(under_M, point_5N, low_5N), torch.where(under_M, high_5N, point_5N)
         newton_M = guess_N + (aim_N[rows] - f_M) * point_5N[2]
         guess_N = _inside(newton_M, low_5N, high_5N, _interpolate(low_5N, high_5N, aim_N[rows]))
+        if trial >= PATIENCE:  # on a curve like a step both creep along one end: halve the bracket
+            slow_M = high_5N[0] - low_5N[0] > width_N / 2
+            guess_N = torch.where(slow_M, (low_5N[0] + high_5N[0]) / 2, guess_N)
         beta_N[rows], kl_N[rows], log_z_N[rows] = low_5N[0], low_5N[3], low_5N[4]
         # Also done when no number is left between the ends: the curve is steeper than the dtype resolves.
         room_M = (guess_N > low_5N[0]) & (guess_N < high_5N[0])

@@ -21,6 +21,7 @@ from verl_trb.recipe_source import verl_config_folder
 NOT_CHECKED = (
     "trb",
     "dry_run",
+    "method_defaults",
     "model_engine",
     "ray_kwargs.ray_init",
     "actor_rollout_ref.rollout.engine_kwargs",

@@ -21,11 +21,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from verl_trb import trust_region
 from verl_trb.trust_region import Blend
 from verl_trb.vocabulary import SharedVocabulary
 
-LOG_ZERO = tl.constexpr(-700.0)
-HUGE = tl.constexpr(1e30)
+LOG_ZERO = tl.constexpr(trust_region.LOG_ZERO)
+HUGE = tl.constexpr(trust_region.HUGE)
+PATIENCE = tl.constexpr(trust_region.PATIENCE)
 INF = tl.constexpr(math.inf)
 NAN = tl.constexpr(math.nan)
 # Rounding that is kept away from the budget: 4 units of float32.
@@ -273,6 +275,7 @@ def _blend_kernel(
                     top, z, first, second = _add_moments(top, z, first, second, base, ratio, guess)
                 log_z_guess, mean, variance = _finish(top, z, first, second)
                 passes += 1
+                width = high_beta - low_beta
                 kl_guess = tl.maximum(guess * mean - log_z_guess + log_total, 0.0)
                 f = tl.sqrt(2 * kl_guess)
                 slope = f / (guess * variance)
@@ -287,6 +290,8 @@ def _blend_kernel(
                 high_slope = tl.where(under, high_slope, slope)
                 other = _interpolate(low_beta, low_f, low_slope, high_beta, high_f, high_slope, aim)
                 guess = _inside(guess + (aim - f) * slope, other, low_beta, high_beta)
+                slow = (passes - 2 >= PATIENCE) & (high_beta - low_beta > width / 2)
+                guess = tl.where(slow, (low_beta + high_beta) / 2, guess)
                 done = under & (kl_guess >= lower)
                 going = (passes < max_passes) & (guess > low_beta) & (guess < high_beta) & (done == 0)
             beta = low_beta

@@ -41,7 +41,7 @@ async def generate_blended(
     submit: Submit,
     prompt_ids: Sequence[int],
     max_tokens: int,
-    epsilon: float,
+    params: dict[str, float] | None,
     marker: int,
     stop_ids: Sequence[int],
 ) -> Rollout:
@@ -51,7 +51,7 @@ async def generate_blended(
         submit: coroutine (prefix_ids, request, max_tokens, round) → Answer; `prefix_ids` lacks its last token,
             which is `request.forced_token` and comes back as the first token of the answer.
         prompt_ids: at least two token ids.
-        epsilon: trust-region radius in nats; 0 samples the student.
+        params: the rollout policy's parameters; None samples the student.
         marker: id that ends a request whose next π_S is unknown (after a preemption, for example).
         stop_ids: ids that end a rollout; a prompt must not end with one.
 
@@ -70,7 +70,7 @@ async def generate_blended(
     rollout, stalled = Rollout(), 0
     while True:
         prefix = prompt + rollout.token_ids
-        request = BlendedRequest(epsilon=epsilon, forced_token=prefix[-1])
+        request = BlendedRequest(params=params, forced_token=prefix[-1])
         budget = max_tokens - len(rollout.token_ids)
         answer = await submit(prefix[:-1], request, budget + 1, rollout.resubmitted)
         tokens, logprobs = list(answer.token_ids[1:]), list(answer.logprobs[1:])

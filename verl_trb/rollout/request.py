@@ -10,22 +10,24 @@ from typing import Any
 
 ROLLOUT_NAME = "trb"  # verl's name for the engine: actor_rollout_ref.rollout.name
 FORCED = "trb_forced_token"
-EPSILON = "trb_epsilon"
+PARAMS = "trb_params"
 
 
 @dataclass(frozen=True)
 class BlendedRequest:
-    """epsilon: trust-region radius in nats (0: the student alone). forced_token: the prompt's last token id."""
+    """params: the rollout policy's parameters by name, None for the student alone. forced_token: the prompt's last
+    token id.
+    """
 
-    epsilon: float
+    params: dict[str, float] | None
     forced_token: int
 
     def extra_args(self) -> dict[str, Any]:
-        return {EPSILON: self.epsilon, FORCED: self.forced_token}
+        return {PARAMS: self.params, FORCED: self.forced_token}
 
     @classmethod
     def read(cls, extra_args: dict[str, Any] | None) -> "BlendedRequest | None":
         """None for a request that did not come through our server, which the sampler then ends unsampled."""
         if not extra_args or FORCED not in extra_args:
             return None
-        return cls(epsilon=float(extra_args.get(EPSILON, 0.0)), forced_token=int(extra_args[FORCED]))
+        return cls(params=extra_args.get(PARAMS), forced_token=int(extra_args[FORCED]))

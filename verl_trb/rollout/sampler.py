@@ -5,11 +5,16 @@
 
 There is no bonus token (the student's distribution after the last draft is unknown), and a row without drafts
 is never sampled: it gets its forced first token, or the marker that ends the request so that the server can
-resubmit it.
+resubmit it. A row whose request has no parameters is not guided: its μ is π_S, bitwise, whatever the policy.
+
+Where the policy asks for it (`marks_corrections`), the log-probability of a correction, a token that replaced a
+rejected draft, is returned with a positive sign. verl's agent loops align, cut and pad log-probabilities with their
+tokens over any number of turns, so the mark stays with its token; training/agent_loop.py takes it off again.
 
 Shapes: B requests of the batch, R of them with drafts, G drafts a block (γ), N = Σ drafts, V vocabulary.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,13 +26,15 @@ from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID, RejectionSamp
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from verl_trb.coupling import couple
-from verl_trb.policies import behavior
+from verl_trb.coupling import couple, mark_corrections
+from verl_trb.policies import Policy, behavior
 from verl_trb.rollout.request import BlendedRequest
 from verl_trb.rollout.statistics import RolloutStatistics
 from verl_trb.rollout.teacher_gate import TeacherGate
-from verl_trb.trust_region import blend
 from verl_trb.vocabulary import SharedVocabulary
+
+# The logarithm of the smallest float32, which stands in the statistics for probabilities that underflowed to 0.
+LOG_LEAST = math.log(2.0**-149)
 
 
 @dataclass
@@ -48,8 +55,7 @@ class BlendedSampling:
     """What both samplers need: the rule, the vocabulary, and a view of the runner's requests."""
 
     rows: Callable[[], list[Row]]
-    policy: str
-    policy_params: dict[str, Any]
+    policy: Policy
     vocabulary: SharedVocabulary
     statistics: RolloutStatistics
     gate: TeacherGate
@@ -137,8 +143,6 @@ class BehaviorSampler(RejectionSampler):
         device = logits.device
         vocabulary = self.sampling.vocabulary
         num_drafts_R = torch.tensor(num_drafts, device=device)
-        epsilon_R = torch.tensor([row.request.epsilon for row in rows if row.request], device=device)
-        epsilon_N = epsilon_R.repeat_interleave(num_drafts_R)
 
         student = [row.student_GV[:n] for row, n in zip(rows, num_drafts, strict=True) if row.student_GV is not None]
         student_NV = torch.cat(student)
@@ -150,21 +154,19 @@ class BehaviorSampler(RejectionSampler):
             known_B[index_R] = True
             known_N = known_B.repeat_interleave(drafts_B)
             drafts_N, target_N = drafts_N[known_N], target_N[known_N]
-        if self.sampling.gate.skipped:  # then every ε is 0, and μ is π_S whatever π_T is
-            blended = blend(logp_student_NV, logp_student_NV, 0.0)
-        else:
-            temperature_N = None
-            if sampling_metadata.temperature is not None:
-                temperature_N = sampling_metadata.temperature[index_R].repeat_interleave(num_drafts_R)
-            blended = behavior(
-                self.sampling.policy,
-                logp_student_NV,
-                logits[target_N],
-                epsilon_N,
-                vocabulary=vocabulary,
-                temperature_N=temperature_N,
-                **self.sampling.policy_params,
-            )
+        temperature_N = None
+        if sampling_metadata.temperature is not None:
+            temperature_N = sampling_metadata.temperature[index_R].repeat_interleave(num_drafts_R)
+        params_R = [row.request.params if row.request else None for row in rows]
+        params_N = [params for params, n in zip(params_R, num_drafts, strict=True) for _ in range(n)]
+        blended = behavior(
+            self.sampling.policy,
+            params_N,
+            logp_student_NV,
+            None if self.sampling.gate.skipped else logits[target_N],
+            vocabulary=vocabulary,
+            temperature_N=temperature_N,
+        )
 
         # Padded [R, G] view of the ragged rows; usually every block is full and nothing is copied.
         width = max(num_drafts)
@@ -193,7 +195,7 @@ class BehaviorSampler(RejectionSampler):
         logp_student_RG = logp_student_RGV.gather(-1, token_RG1).squeeze(-1)
         draft_RG1 = drafts_RG.unsqueeze(-1)
         log_accept_RG = (log_mu_RGV.gather(-1, draft_RG1) - logp_student_RGV.gather(-1, draft_RG1)).squeeze(-1)
-        beta_RG, kl_RG = padded(blended.beta), padded(blended.kl)
+        beta_RG, kl_RG = padded(blended.beta), padded(blended.kl).clamp(max=-LOG_LEAST)
         self.sampling.statistics.add(
             tokens=kept_RG,
             verified=kept_RG,
@@ -205,6 +207,9 @@ class BehaviorSampler(RejectionSampler):
             kl_max=kl_RG[kept_RG],
             # E over drafts of 1 − min(1, μ/π_S) is the total variation, without another pass over V.
             tv=1 - log_accept_RG[kept_RG].clamp(max=0).exp(),
-            log_ratio=(coupled.logp_BG - logp_student_RG)[kept_RG],
+            log_ratio=(coupled.logp_BG - logp_student_RG.clamp(min=LOG_LEAST))[kept_RG],
         )
-        return coupled.tokens_BG.where(kept_RG, PLACEHOLDER_TOKEN_ID), coupled.logp_BG.where(kept_RG, 0.0)
+        logp_RG = coupled.logp_BG
+        if self.sampling.policy.marks_corrections:
+            logp_RG = mark_corrections(logp_RG, emitted_RG & ~coupled.accepted_BG)
+        return coupled.tokens_BG.where(kept_RG, PLACEHOLDER_TOKEN_ID), logp_RG.where(kept_RG, 0.0)

@@ -16,9 +16,10 @@ from verl.workers.rollout.base import _ROLLOUT_REGISTRY
 from verl.workers.rollout.replica import RolloutReplicaRegistry, TokenOutput
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 
+from verl_trb.policies import get_policy
 from verl_trb.rollout.engine_args import ENGINE_ENVIRONMENT, blended_engine_args, model_length
 from verl_trb.rollout.generation import Answer, generate_blended
-from verl_trb.rollout.request import EPSILON, ROLLOUT_NAME, BlendedRequest
+from verl_trb.rollout.request import PARAMS, ROLLOUT_NAME, BlendedRequest
 from verl_trb.rollout.statistics import merge
 from verl_trb.vocabulary import from_tokenizers
 
@@ -30,7 +31,7 @@ class BlendedHttpServer(vLLMHttpServer):
         os.environ.update(ENGINE_ENVIRONMENT)
         self.trb: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(config.custom["trb"]))
         self.resubmitted = 0
-        # The teacher's gate: closed (skipped) only while all requests in flight have ε = 0.
+        # The teacher's gate: closed (skipped) only while no request in flight needs the teacher.
         self.teacher_skipped, self.in_flight = False, 0
         self.gate = asyncio.Condition()
         super().__init__(config, *args, **kwargs)
@@ -77,7 +78,6 @@ class BlendedHttpServer(vLLMHttpServer):
             method="install_behavior_policy",
             kwargs={
                 "policy": self.trb["policy"],
-                "policy_params": self.trb.get("policy_params") or {},
                 "vocabulary": asdict(self.vocabulary),
             },
         )
@@ -87,7 +87,7 @@ class BlendedHttpServer(vLLMHttpServer):
     ) -> TokenOutput:
         """A rollout of μ after `prompt_ids`: verl's interface, one or more engine requests behind it."""
         params = dict(sampling_params)
-        epsilon = float((params.pop("extra_args", None) or {}).get(EPSILON, 0.0))
+        guidance = (params.pop("extra_args", None) or {}).get(PARAMS)
         params.pop("logprobs", None)
         room = self.config.prompt_length + self.config.response_length - len(prompt_ids)
         asked = params.pop("max_tokens", params.pop("max_new_tokens", self.config.response_length))
@@ -111,8 +111,8 @@ class BlendedHttpServer(vLLMHttpServer):
             return Answer(output.token_ids, output.log_probs or [], output.stop_reason, raw=output)
 
         marker = self.vocabulary.marker
-        async with self._teacher_gate(epsilon):
-            rollout = await generate_blended(submit, prompt_ids, max_tokens, epsilon, marker, stop_ids)
+        async with self._teacher_gate(guidance is not None and get_policy(self.trb["policy"]).needs_teacher):
+            rollout = await generate_blended(submit, prompt_ids, max_tokens, guidance, marker, stop_ids)
         self.resubmitted += rollout.resubmitted
         output: TokenOutput = rollout.raw
         output.token_ids, output.log_probs = rollout.token_ids, rollout.logprobs
@@ -120,16 +120,16 @@ class BlendedHttpServer(vLLMHttpServer):
         return output
 
     @asynccontextmanager
-    async def _teacher_gate(self, epsilon: float) -> AsyncIterator[None]:
+    async def _teacher_gate(self, needed: bool) -> AsyncIterator[None]:
         """Hold a place in the engine while the gate is as this request needs it.
 
-        A request with ε > 0 needs the teacher; one with ε = 0 goes either way, and closes the gate when it finds
-        the engine empty. Blocks cached while the teacher was skipped lack its keys and values: they are dropped.
+        A request that does not need the teacher goes either way, and closes the gate when it finds the engine
+        empty. Blocks cached while the teacher was skipped lack its keys and values: they are dropped.
         """
         async with self.gate:
-            if epsilon > 0 and self.teacher_skipped:
+            if needed and self.teacher_skipped:
                 await self.gate.wait_for(lambda: self.in_flight == 0 or not self.teacher_skipped)
-            skip = epsilon == 0 and (self.teacher_skipped or self.in_flight == 0)
+            skip = not needed and (self.teacher_skipped or self.in_flight == 0)
             if skip != self.teacher_skipped and self.in_flight == 0:
                 if not await self.engine.reset_prefix_cache():
                     raise RuntimeError("the rollout engine could not drop its prefix cache although it was idle")

@@ -1,4 +1,4 @@
-"""Skips the teacher's forward pass in the engine while every request has ε = 0 (validation, after the warm-up).
+"""Skips the teacher's forward pass in the engine while no request needs it (validation, after the warm-up).
 
 While skipped, the teacher's KV cache is not written, so the server closes the gate only between requests and
 resets the prefix cache before it opens it again (server.py).

@@ -10,6 +10,7 @@ import torch
 from verl.workers.rollout.vllm_rollout.utils import monkey_patch_compute_logits, vLLMColocateWorkerExtension
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from verl_trb.policies import get_policy
 from verl_trb.rollout.padded_student import fit_rows
 from verl_trb.rollout.request import BlendedRequest
 from verl_trb.rollout.sampler import BehaviorSampler, BlendedSampling, ForcedTokenSampler, Row
@@ -21,7 +22,7 @@ from verl_trb.vocabulary import SharedVocabulary
 class BlendedWorkerExtension(vLLMColocateWorkerExtension):
     """The methods that our server calls on every vLLM worker through `collective_rpc`."""
 
-    def install_behavior_policy(self, policy: str, policy_params: dict[str, Any], vocabulary: dict[str, Any]) -> None:
+    def install_behavior_policy(self, policy: str, vocabulary: dict[str, Any]) -> None:
         """Replace the runner's two samplers. Called once, after vLLM has loaded both models and warmed up."""
         runner = self.model_runner
         shared = SharedVocabulary(**{**vocabulary, "masked": tuple(vocabulary["masked"])})
@@ -29,8 +30,7 @@ class BlendedWorkerExtension(vLLMColocateWorkerExtension):
         self.teacher_gate = TeacherGate(runner)
         sampling = BlendedSampling(
             rows=self._rows,
-            policy=policy,
-            policy_params=policy_params,
+            policy=get_policy(policy),
             vocabulary=shared,
             statistics=self.rollout_statistics,
             gate=self.teacher_gate,

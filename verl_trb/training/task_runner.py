@@ -1,5 +1,6 @@
 """The Ray actor that runs the trainer, as verl's TaskRunner does, and keeps the events the driver shows."""
 
+import os
 from typing import Any
 
 import ray
@@ -26,6 +27,9 @@ class DistillationTaskRunner:
         from verl_trb.training.trainer import DistillationTrainer
 
         configure_verl_logging()
+        # Whatever else trainer.logger names writes beside our own files.
+        os.environ.setdefault("TENSORBOARD_DIR", f"{config.trb.run_dir}/tensorboard")
+        os.environ.setdefault("WANDB_DIR", config.trb.run_dir)
         config = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
         config.transfer_queue.enable = True
         tq.init(config.transfer_queue)

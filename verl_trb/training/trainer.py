@@ -15,10 +15,12 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.workers.utils.padding import response_from_nested, response_to_nested
 
 import verl_trb.rollout.server  # noqa: F401  registers the rollout engine with verl in this process
+from verl_trb.guidance import guidance_metrics
 from verl_trb.objective import objective_metrics, step_objective
+from verl_trb.policies import get_policy
 from verl_trb.rollout.statistics import merge, rollout_metrics
 from verl_trb.training.advantage import distillation_advantages
-from verl_trb.training.agent_loop import step_epsilon
+from verl_trb.training.agent_loop import CORRECTED
 from verl_trb.training.loss import ADVANTAGES, OBJECTIVE
 from verl_trb.training.worker import DistillationWorker
 
@@ -128,7 +130,10 @@ class DistillationTrainer(PPOTrainerSync):
         super()._compute_metrics(batch, metrics, timing_raw, global_steps, epoch)
         metrics.update(self.pending)
         metrics.update(objective_metrics(self.objective))
-        metrics["trb/epsilon"] = step_epsilon(self.config.trb, global_steps, validate=False)
+        metrics.update(guidance_metrics(self.config.trb, global_steps))
+        if get_policy(self.config.trb.policy).marks_corrections:
+            data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=[CORRECTED])
+            metrics["trb/corrected"] = float(data[CORRECTED].values().double().mean())
         metrics["reward/mean"] = metrics["critic/score/mean"]
         self._record(metrics, global_steps)
 

@@ -1,0 +1,128 @@
+"""From the settings to a training step's rollouts: guided or the student's own, and the policy's parameters.
+
+Pure functions of the `trb` settings and the global step, so that resuming a run needs no state of theirs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from verl_trb.policies import STUDENT, Parameter, Policy, get_policy
+from verl_trb.schedules import annealed_epsilon, piecewise_linear
+
+PARAMS = "trb.policy_params"
+
+
+def guidance(trb: Any, step: int, validate: bool = False) -> dict[str, float] | None:
+    """The values of the policy's parameters at a training step (counted from 1); None where rollouts are the
+    student's own: in validation, after trb.guided_steps, and where a value makes the policy the student.
+
+    A parameter `epsilon` is trb.epsilon unless trb.policy_params sets it: for warm-up policies annealed over
+    trb.warmup_steps (`annealed_epsilon`), for others constant.
+    """
+    policy, last = get_policy(trb.policy), last_guided_step(trb)
+    if validate or policy.name == STUDENT or (last is not None and step > last):
+        return None
+    values = policy.defaults | {name: value_at(value, step) for name, value in _given(trb).items()}
+    if "epsilon" in policy.parameters and "epsilon" not in _given(trb):
+        values["epsilon"] = annealed_epsilon(step, trb.epsilon, trb.warmup_steps) if policy.warmup else trb.epsilon
+    unguided = any(values[name] == parameter.student_at for name, parameter in policy.parameters.items())
+    return None if unguided else values
+
+
+def last_guided_step(trb: Any) -> int | None:
+    """The step after which rollouts are the student's own by trb.guided_steps or trb.warmup_steps; None: never."""
+    return trb.warmup_steps if trb.guided_steps is None and get_policy(trb.policy).warmup else trb.guided_steps
+
+
+def guidance_metrics(trb: Any, step: int) -> dict[str, float]:
+    """What is logged of a training step: trb/epsilon (0 where rollouts are the student's own, absent for policies
+    without), and trb/param/<name> for the other parameters while they guide.
+    """
+    values = guidance(trb, step)
+    if values is None:
+        return {"trb/epsilon": 0.0}
+    return {"trb/epsilon" if name == "epsilon" else f"trb/param/{name}": float(v) for name, v in values.items()}
+
+
+def value_at(value: float | list[list[float]], step: int) -> float:
+    """A constant, or a schedule of [step, value] points, at a training step."""
+    return piecewise_linear(step, [(s, v) for s, v in value]) if isinstance(value, list) else value
+
+
+def check_guidance(trb: Any) -> None:
+    """Raises ValueError, one sentence, for an unknown policy or for parameters that it does not take."""
+    policy, given = get_policy(trb.policy), _given(trb)
+    for name, value in given.items():
+        if name not in policy.parameters:
+            raise ValueError(_unknown(policy, name))
+        _check_value(f"{PARAMS}.{name}", value, policy.parameters[name])
+    for name, parameter in policy.parameters.items():
+        if name not in given and name not in policy.defaults and name != "epsilon":
+            raise ValueError(f"The rollout policy {policy.name!r} needs {PARAMS}.{name}, {parameter}.")
+    if policy.name == STUDENT and trb.guided_steps is not None:
+        raise ValueError(f"trb.guided_steps={trb.guided_steps} guides nothing with trb.policy={STUDENT}; remove it.")
+
+
+def check_vocabulary(trb: Any, size: int) -> None:
+    """Raises ValueError if the policy's k is larger than the vocabulary; other faults are `check_guidance`'s."""
+    try:
+        check_guidance(trb)
+    except ValueError:
+        return
+    k = _given(trb).get("k", get_policy(trb.policy).defaults.get("k"))
+    if k is not None and k > size:
+        raise ValueError(f"{PARAMS}.k={k} is larger than the vocabulary of {size} tokens that the models share.")
+
+
+def describe(trb: Any) -> str:
+    """The policy and its settings in one phrase, for the screen."""
+    policy, given = get_policy(trb.policy), _given(trb)
+    parts = [policy.name]
+    for name in policy.parameters:
+        value = given.get(name, policy.defaults.get(name))
+        if name == "epsilon" and value is None:
+            parts += [f"ε₀ = {trb.epsilon:g}, K = {trb.warmup_steps}" if policy.warmup else f"ε = {trb.epsilon:g}"]
+        elif isinstance(value, list):
+            parts += [f"{name} {' → '.join(f'{v:g} at step {s:g}' for s, v in value)}"]
+        else:
+            parts += [f"{name} = {value:g}"]
+    if trb.guided_steps is not None:
+        parts += [f"guided until step {trb.guided_steps}"]
+    return ", ".join(parts)
+
+
+def _given(trb: Any) -> dict[str, Any]:
+    params = trb.policy_params
+    return OmegaConf.to_container(params, resolve=True) if OmegaConf.is_config(params) else dict(params)
+
+
+def _unknown(policy: Policy, name: str) -> str:
+    if not policy.parameters:
+        return f"{PARAMS}.{name}: the rollout policy {policy.name!r} takes no parameters."
+    near = difflib.get_close_matches(name, policy.parameters, n=2)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"it takes {', '.join(policy.parameters)}."
+    return f"{PARAMS}.{name}: the rollout policy {policy.name!r} has no parameter {name!r}; {hint}"
+
+
+def _check_value(key: str, value: Any, parameter: Parameter) -> None:
+    if isinstance(value, list) and not parameter.whole:
+        if not all(isinstance(point, list) and len(point) == 2 and all(map(_is_number, point)) for point in value):
+            raise ValueError(f"{key} must be a number or a list of [step, value] points, got {value}.")
+        try:
+            piecewise_linear(1, [(s, v) for s, v in value])
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+        numbers = [v for _, v in value]
+    else:
+        numbers = [value]
+    for number in numbers:
+        if not _is_number(number) or not parameter.takes(number):
+            raise ValueError(f"{key} must be {parameter}, got {number!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

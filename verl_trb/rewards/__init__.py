@@ -1,0 +1,1 @@
+"""Reward functions: the final answer of a response, checked by math-verify or reasoning-gym inside a sandbox."""

@@ -1,0 +1,58 @@
+"""What runs inside the sandbox: one function a kind of answer, from a request to whether the answer is right.
+
+Each maker imports what it needs and returns the judge; it is called once, before the sandbox is closed.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Callable
+from typing import Any
+
+_PERCENT = re.compile(r"\s*\\?%$")
+Judge = Callable[[dict[str, Any]], bool]
+
+
+def make_math_judge() -> Judge:
+    """math-verify 0.9.0. A request has `gold` and either `answer` (without delimiters) or `text` to search.
+
+    math-verify compares what it cannot parse as text; a request with `parsed` true calls that wrong.
+    """
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+    logging.disable(logging.CRITICAL)
+    latex, expression = LatexExtractionConfig(), ExprExtractionConfig()
+
+    def judge(request: dict[str, Any]) -> bool:
+        # Its own time limits are off: they need the main thread and cannot end a big-integer power.
+        options: dict[str, Any] = {
+            "parsing_timeout": None,
+            "fallback_mode": "no_fallback" if request.get("parsed") else "first_match",
+        }
+        wanted, text = request["gold"], _boxed(request["answer"]) if "answer" in request else request["text"]
+        if _PERCENT.search(wanted):  # which math-verify cannot parse inside a box: of a percentage the number counts
+            wanted = _PERCENT.sub("", wanted)
+            text = _boxed(_PERCENT.sub("", request["answer"])) if "answer" in request else text
+        gold = parse(_boxed(wanted), [latex], **options)
+        answer = parse(text, [latex, expression], **options)
+        return bool(gold and answer and verify(gold, answer, timeout_seconds=None))
+
+    return judge
+
+
+def make_reasoning_gym_judge() -> Judge:
+    """reasoning-gym's own verifiers. A request has `task`, `entry` (JSON) and `answer`; partial credit is none."""
+    import reasoning_gym
+
+    def judge(request: dict[str, Any]) -> bool:
+        score = reasoning_gym.get_score_answer_fn(request["task"])
+        return bool(score(request["answer"], json.loads(request["entry"])) >= 1.0)
+
+    return judge
+
+
+MAKERS: dict[str, Callable[[], Judge]] = {"math": make_math_judge, "reasoning_gym": make_reasoning_gym_judge}
+
+
+def _boxed(answer: str) -> str:
+    return "\\boxed{" + answer + "}"

@@ -27,11 +27,11 @@ from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from verl_trb.coupling import couple, mark_corrections
-from verl_trb.policies import Policy, guided
+from verl_trb.policies import Policy, behavior
 from verl_trb.rollout.request import BlendedRequest
 from verl_trb.rollout.statistics import RolloutStatistics
 from verl_trb.rollout.teacher_gate import TeacherGate
-from verl_trb.vocabulary import SharedVocabulary, canonicalize
+from verl_trb.vocabulary import SharedVocabulary
 
 # The logarithm of the smallest float32, which stands in the statistics for probabilities that underflowed to 0.
 LOG_LEAST = math.log(2.0**-149)
@@ -154,17 +154,19 @@ class BehaviorSampler(RejectionSampler):
             known_B[index_R] = True
             known_N = known_B.repeat_interleave(drafts_B)
             drafts_N, target_N = drafts_N[known_N], target_N[known_N]
-        logp_teacher_NV = None
-        if not self.sampling.gate.skipped:
-            teacher_NV = logits[target_N][:, : vocabulary.size].float()
-            if sampling_metadata.temperature is not None:
-                temperature_R = sampling_metadata.temperature[index_R]
-                teacher_NV = teacher_NV / temperature_R.repeat_interleave(num_drafts_R).unsqueeze(1)
-            logp_teacher_NV = canonicalize(teacher_NV, vocabulary, role="teacher").log_softmax(-1)
-
+        temperature_N = None
+        if sampling_metadata.temperature is not None:
+            temperature_N = sampling_metadata.temperature[index_R].repeat_interleave(num_drafts_R)
         params_R = [row.request.params if row.request else None for row in rows]
         params_N = [params for params, n in zip(params_R, num_drafts, strict=True) for _ in range(n)]
-        blended = guided(self.sampling.policy, params_N, logp_student_NV, logp_teacher_NV)
+        blended = behavior(
+            self.sampling.policy,
+            params_N,
+            logp_student_NV,
+            None if self.sampling.gate.skipped else logits[target_N],
+            vocabulary=vocabulary,
+            temperature_N=temperature_N,
+        )
 
         # Padded [R, G] view of the ragged rows; usually every block is full and nothing is copied.
         width = max(num_drafts)

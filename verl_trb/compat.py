@@ -61,6 +61,7 @@ INTERFACES: dict[str, tuple[str, ...]] = {
     "verl.workers.engine.base": ("EngineRegistry.register",),
     "verl.workers.engine.fsdp.transformer_impl": (
         "FSDPEngine._build_module",
+        "FSDPEngine._build_fsdp_module",
         "FSDPEngineWithLMHead.forward_step",
         "FSDPEngineWithLMHead.prepare_model_outputs",
     ),

@@ -3,6 +3,7 @@
 Registered with verl for the vendors "nvidia" and "cpu", whose entries verl prefers over its own.
 """
 
+import dataclasses
 import time
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 from verl.utils import tensordict_utils as tu
-from verl.utils.device import get_device_id
+from verl.utils.device import get_device_id, get_device_name
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
@@ -30,12 +31,24 @@ class DistillationEngine(FSDPEngineWithLMHead):
     """The student's engine. For batches without an objective that distills it is verl's own."""
 
     teacher: Teacher | None = None
+    engine_config: Any  # set by verl
 
     def _build_module(self) -> torch.nn.Module:
         module = super()._build_module()
         self.head = DistillationHead.from_linear(module.get_output_embeddings())
         module.set_output_embeddings(self.head)
         return module
+
+    def _build_fsdp_module(self, module: torch.nn.Module) -> torch.nn.Module:
+        if get_device_name() != "cpu" or not self.engine_config.forward_only:
+            return super()._build_fsdp_module(module)
+        # A reference model. verl would offload it to pinned memory, which needs an accelerator.
+        config: Any = self.engine_config
+        self.engine_config = dataclasses.replace(config, forward_only=False)
+        try:
+            return super()._build_fsdp_module(module)
+        finally:
+            self.engine_config = config
 
     def attach_teacher(self, teacher: Teacher, vocabulary: SharedVocabulary, topk: int, chunk_tokens: int) -> None:
         """topk: k of the top-k losses; chunk_tokens: tokens whose logits exist at one time."""

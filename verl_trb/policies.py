@@ -28,7 +28,7 @@ from torch import Tensor
 from verl_trb.trust_region import Blend, blend
 from verl_trb.vocabulary import SharedVocabulary, canonicalize
 
-STUDENT = "student"
+STUDENT, TEACHER = "student", "teacher"
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ def teacher_mix(logp_student_NV: Tensor, logp_teacher_NV: Tensor, *, alpha: floa
     return from_log_mu(torch.logaddexp(logp_S_NV + _log(1 - alpha), logp_T_NV + _log(alpha)), logp_S_NV)
 
 
-@register_policy("teacher")
+@register_policy(TEACHER)
 def teacher(logp_student_NV: Tensor, logp_teacher_NV: Tensor) -> Blend:
     """Rollouts from the teacher alone: mu = pi_T."""
     return from_log_mu(logp_teacher_NV, logp_student_NV, beta=1.0)

@@ -27,7 +27,7 @@ from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from verl_trb.coupling import couple, mark_corrections
-from verl_trb.policies import Policy, behavior
+from verl_trb.policies import Policy, behavior, get_policy
 from verl_trb.rollout.request import BlendedRequest
 from verl_trb.rollout.statistics import RolloutStatistics
 from verl_trb.rollout.teacher_gate import TeacherGate
@@ -59,6 +59,16 @@ class BlendedSampling:
     vocabulary: SharedVocabulary
     statistics: RolloutStatistics
     gate: TeacherGate
+
+    def policy_of(self, rows: list[Row]) -> Policy:
+        """The run's own, or the one that all guided rows ask for. Raises RuntimeError if they disagree: requests of
+        two training steps never meet in the engine.
+        """
+        names = {row.request.policy for row in rows if row.request is not None and row.request.params is not None}
+        if len(names) > 1:
+            raise RuntimeError(f"one batch asks for several rollout policies: {sorted(map(str, names))}")
+        name = next(iter(names), None)
+        return self.policy if name is None else get_policy(name)
 
     def token_without_draft(self, row: Row) -> int:
         """The forced first token of a fresh request; else the marker, because π_S, and so μ, is unknown."""
@@ -159,8 +169,9 @@ class BehaviorSampler(RejectionSampler):
             temperature_N = sampling_metadata.temperature[index_R].repeat_interleave(num_drafts_R)
         params_R = [row.request.params if row.request else None for row in rows]
         params_N = [params for params, n in zip(params_R, num_drafts, strict=True) for _ in range(n)]
+        policy = self.sampling.policy_of(rows)
         blended = behavior(
-            self.sampling.policy,
+            policy,
             params_N,
             logp_student_NV,
             None if self.sampling.gate.skipped else logits[target_N],
@@ -210,6 +221,6 @@ class BehaviorSampler(RejectionSampler):
             log_ratio=(coupled.logp_BG - logp_student_RG.clamp(min=LOG_LEAST))[kept_RG],
         )
         logp_RG = coupled.logp_BG
-        if self.sampling.policy.marks_corrections:
+        if policy.marks_corrections:
             logp_RG = mark_corrections(logp_RG, emitted_RG & ~coupled.accepted_BG)
         return coupled.tokens_BG.where(kept_RG, PLACEHOLDER_TOKEN_ID), logp_RG.where(kept_RG, 0.0)

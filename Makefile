@@ -4,7 +4,7 @@ PYTHON_VENV := .venv/bin/python
 # One thread a test process: the tests' own processes share the cores.
 TEST := OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest
 
-.PHONY: quickstart setup test test-slow lint lock clean
+.PHONY: quickstart setup test test-slow bench lint lock clean
 
 quickstart: setup
 	@$(PYTHON_VENV) -m verl_trb.main recipe=quickstart
@@ -17,6 +17,11 @@ test: setup
 
 test-slow: setup
 	@$(TEST) -m slow
+
+# Needs 14 GB of memory for the naive side of the loss; docs/performance.md.
+bench: setup
+	@$(PYTHON_VENV) scripts/bench_solver.py
+	@$(PYTHON_VENV) scripts/bench_loss.py
 
 lint: setup
 	@$(PYTHON_VENV) -m ruff check .

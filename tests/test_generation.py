@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from verl_trb.rollout.generation import MAX_STALLED, Answer, Rollout, generate_blended
-from verl_trb.rollout.request import FORCED, PARAMS, BlendedRequest
+from verl_trb.rollout.request import FORCED, PARAMS, POLICY, BlendedRequest
 
 MARKER, EOS = 0, 1
 GUIDED = {"epsilon": 0.1}
@@ -117,8 +117,10 @@ def test_prompts_that_end_like_a_response_are_refused(last: int) -> None:
 @pytest.mark.parametrize("params", [GUIDED, {"k": 25, "temperature": 0.6}, {}, None])
 def test_requests_survive_extra_args(params: dict[str, float] | None) -> None:
     request = BlendedRequest(params, forced_token=7)
-    assert request.extra_args() == {PARAMS: params, FORCED: 7}
-    assert BlendedRequest.read(request.extra_args()) == request
+    assert request.extra_args() == {PARAMS: params, FORCED: 7, POLICY: None}
+    for policy in (None, "teacher"):
+        request = BlendedRequest(params, 7, policy)
+        assert BlendedRequest.read(request.extra_args()) == request
 
 
 def test_requests_of_others_are_told_apart() -> None:

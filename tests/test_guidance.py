@@ -10,7 +10,7 @@ from conftest import ToyRun
 from omegaconf import OmegaConf
 
 from verl_trb.config import TrbConfig, trb_config
-from verl_trb.guidance import check_guidance, check_vocabulary, describe, guidance, guidance_metrics
+from verl_trb.guidance import check_guidance, check_vocabulary, describe, guidance, guidance_metrics, step_policy
 from verl_trb.schedules import annealed_epsilon
 
 
@@ -58,6 +58,14 @@ def test_a_value_that_means_the_student_guides_nothing(policy: str, params: dict
     assert guidance(settings(policy="fixed_epsilon", epsilon=0), 1) is None
 
 
+@pytest.mark.parametrize("policy", ["student", "trb"])
+def test_fine_tuning_is_on_the_teachers_rollouts(policy: str):
+    trb = settings(policy=policy, sft_steps=2, warmup_steps=4, epsilon=0.04)
+    assert [step_policy(trb, step) for step in (1, 2, 3)] == ["teacher", "teacher", policy]
+    assert over_steps(trb, 2) == [{}, {}] and guidance(trb, 1, validate=True) is None
+    assert guidance(trb, 3) == (None if policy == "student" else {"epsilon": pytest.approx(0.02)})
+
+
 def test_guided_steps_end_any_policy():
     trb = settings(policy="teacher", guided_steps=2)
     assert over_steps(trb, 4) == [{}, {}, None, None]
@@ -93,7 +101,8 @@ def test_a_schedule_for_epsilon_takes_the_place_of_the_annealing():
 def test_settings_as_verl_hands_them_on():
     """Ray workers hold a DictConfig."""
     trb = OmegaConf.create({"trb": {"policy": "temperature", "policy_params": {"temperature": [[1, 0.5], [3, 1]]}}}).trb
-    trb.guided_steps, trb.warmup_steps, trb.epsilon, trb.sft_steps = None, 5, 0.1, 0
+    trb.guided_steps, trb.warmup_steps, trb.epsilon = None, 5, 0.1
+    trb.sft_steps = 0
     assert guidance(trb, 2) == {"temperature": 0.75}
 
 

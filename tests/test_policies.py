@@ -16,8 +16,9 @@ from torch import Tensor
 
 from verl_trb import policies
 from verl_trb.parameters import Parameter
-from verl_trb.policies import from_log_mu, get_policy, guided, policy_names, register_policy
+from verl_trb.policies import behavior, from_log_mu, get_policy, guided, policy_names, register_policy
 from verl_trb.trust_region import blend
+from verl_trb.vocabulary import SharedVocabulary
 
 INF = math.inf
 
@@ -320,3 +321,25 @@ def test_a_name_is_taken_once(registry):
 def test_values_of_a_parameter(parameter: Parameter, good: list[float], bad: list[float], said: str):
     assert all(map(parameter.takes, good)) and not any(map(parameter.takes, bad))
     assert str(parameter) == said
+
+
+def test_behavior_reads_the_teachers_raw_logits():
+    """Padding rows are cut, the temperature divides, both EOS are one event, masked ids are gone: by hand."""
+    g = torch.Generator().manual_seed(1)
+    size, eos, other = 10, 2, 7
+    vocabulary = SharedVocabulary(size, student_eos=eos, teacher_eos=other, masked=(4, other), marker=4)
+    logp_student = torch.randn(4, size, generator=g).index_fill(-1, torch.tensor([4, other]), -INF).log_softmax(-1)
+    raw, temperature = torch.randn(4, size + 6, generator=g), torch.tensor([0.5, 1.0, 2.0, 1.0])
+    p = (raw.double()[:, :size] / temperature[:, None]).softmax(-1)
+    p[:, eos] += p[:, other]
+    p[:, [4, other]] = 0
+    p /= p.sum(-1, keepdim=True)
+    epsilons = [0.01, 0.1, 100.0, 0.0]
+    params = [{"epsilon": epsilon} for epsilon in epsilons[:3]] + [None]
+    how = {"vocabulary": vocabulary, "temperature_N": temperature}
+    result = behavior(get_policy("trb"), params, logp_student, raw, **how)
+    expected = blend(logp_student, p.log().float(), torch.tensor(epsilons))
+    for ours, theirs in zip(result, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    unguided = behavior(get_policy("trb"), [None] * 4, logp_student, None, **how)
+    assert torch.equal(unguided.log_mu, logp_student) and not unguided.kl.any()

@@ -171,9 +171,11 @@ def test_dropped_training_rows_are_listed_with_reasons(prepared: Callable, tmp_p
             {"problem": None, "answer": "4"},
             {"problem": "Nothing?", "answer": None},
             {"problem": "Which braces?", "answer": "}{"},
+            {"problem": "A half?", "answer": "0.5"},
+            {"problem": "A half ?", "answer": "\\frac{1}{2}"},
         ],
     )
-    assert [row["prompt"][1]["content"] for row in rows] == ["What is $1+1$?"]
+    assert [row["prompt"][1]["content"] for row in rows] == ["What is $1+1$?", "A half?"]
     listed = [(row["row"], row["why"], row.get("detail")) for row in dropped(tmp_path, "dapo_math_17k")]
     assert listed == [
         (1, "a copy of another question", "of in.jsonl: row 0"),
@@ -182,8 +184,9 @@ def test_dropped_training_rows_are_listed_with_reasons(prepared: Callable, tmp_p
         (4, "no question", None),
         (5, "no answer", None),
         (6, "an answer that math-verify cannot parse", "}{"),
+        (8, "a copy of another question", "of in.jsonl: row 7"),
     ]
-    assert manifest["dropped"]["a copy of another question"] == 2
+    assert manifest["dropped"]["a copy of another question"] == 3
 
 
 def test_an_older_list_of_dropped_rows_goes(prepared: Callable, tmp_path: Path):

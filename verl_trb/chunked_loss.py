@@ -15,11 +15,15 @@ import torch
 from torch import Tensor
 
 from verl_trb.divergences import Integrand, Prefixes, reverse_kl
+from verl_trb.exact_rows import Scratch, exact_gradient, exact_rows
 from verl_trb.vocabulary import Role, SharedVocabulary, canonicalize
 
 # (student logits of a chunk, its rows, upstream_JC or None)
 #   -> (values_KC, and sum_j upstream_j d values_j / d logits over the shared vocabulary or None)
 RowLoss = Callable[[Tensor, slice, Tensor | None], tuple[Tensor, Tensor | None]]
+
+# Logits of a chunk on a CPU, at most. More save no time; five buffers of this size are 335 MB in float32.
+CPU_CHUNK = 2**24
 
 
 class TokenLoss(NamedTuple):
@@ -60,7 +64,7 @@ def loss_from_logits(
     teacher = _rows_of(logits_teacher, logits_student_NV.shape[0])
     if logits_student_NV.dim() != 2:
         raise ValueError(f"logits must be [tokens, vocabulary], but are {list(logits_student_NV.shape)}.")
-    row_loss = _rows(teacher, divergence, vocabulary, token_N, corrected_N, with_token_logp=False)
+    row_loss = _rows(teacher, divergence, vocabulary, token_N, corrected_N, Scratch(), with_token_logp=False)
     with_grad = logits_student_NV.requires_grad and torch.is_grad_enabled()
     loss_N, rest_KN = _Logits.apply(logits_student_NV, row_loss, 4, chunk_tokens, with_grad)
     return TokenLoss(loss_N, *rest_KN)
@@ -85,7 +89,8 @@ def loss_from_layers(
 
     Like `loss_from_logits`, but nothing of size N x V is ever kept, in any dtype: backward computes each
     chunk again. Gradients flow to the student's hidden states, weight and bias. Both distributions are taken
-    at `temperature`. Products run in the hidden states' dtype, the rest in float32. With token_N the result has
+    at `temperature`. Products run in the hidden states' dtype, the rest in float32. On a CPU a chunk has no more
+    than CPU_CHUNK logits, whatever chunk_tokens allows. With token_N the result has
     those tokens' log-probabilities.
     """
     if not temperature > 0:
@@ -98,15 +103,19 @@ def loss_from_layers(
         weight_student_VD = weight_student_VD[: vocabulary.size]
         bias_student_V = None if bias_student_V is None else bias_student_V[: vocabulary.size]
 
-    def teacher(rows: slice) -> Tensor:
-        return _logits(hidden_teacher_NE[rows].detach(), weight_teacher_VE, bias_teacher_V) / temperature
+    scratch = Scratch()
+    layer_teacher = (weight_teacher_VE, bias_teacher_V, temperature)
 
-    row_loss = _rows(teacher, divergence, vocabulary, token_N, corrected_N, with_token_logp=token_N is not None)
+    def teacher(rows: slice) -> Tensor:
+        return _logits(hidden_teacher_NE[rows].detach(), *layer_teacher, scratch, "teacher")
+
+    with_token_logp = token_N is not None
+    row_loss = _rows(teacher, divergence, vocabulary, token_N, corrected_N, scratch, with_token_logp)
     layer = (hidden_student_ND, weight_student_VD, bias_student_V)
     if token_N is None:
-        return TokenLoss(*_Linear.apply(*layer, row_loss, 4, 1, chunk_tokens, temperature))
+        return TokenLoss(*_Linear.apply(*layer, row_loss, 4, 1, chunk_tokens, temperature, scratch))
     loss_N, logp_student_N, kl_N, entropy_N, entropy_teacher_N, logp_teacher_N = _Linear.apply(
-        *layer, row_loss, 6, 2, chunk_tokens, temperature
+        *layer, row_loss, 6, 2, chunk_tokens, temperature, scratch
     )
     return TokenLoss(loss_N, kl_N, entropy_N, entropy_teacher_N, logp_student_N, logp_teacher_N)
 
@@ -117,19 +126,33 @@ def _rows(
     vocabulary: SharedVocabulary | None,
     token_N: Tensor | None,
     corrected_N: Tensor | None,
+    scratch: Scratch,
     with_token_logp: bool,
 ) -> RowLoss:
     """The row loss of both public functions: loss, reverse KL, entropies of student and teacher; with_token_logp:
     loss, log q (both differentiable), reverse KL, the entropies, log p."""
 
+    def exact_loss(logits_CV: Tensor, rows: slice, upstream_JC: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """`row_loss` for the reverse KL itself, from logits that are not normalized: the same in fewer sweeps."""
+        student_CV = _shared_logits(logits_CV, vocabulary, "student")
+        teacher_CV = _shared_logits(teacher(rows), vocabulary, "teacher")
+        _check_shapes(student_CV, teacher_CV)
+        exact = exact_rows(student_CV, teacher_CV, scratch)
+        token_C1 = token_N[rows, None] if with_token_logp and token_N is not None else None
+        logps = []
+        if token_C1 is not None:
+            pairs = ((student_CV, exact.student_log_z_C), (teacher_CV, exact.teacher_log_z_C))
+            logps = [logits.gather(-1, token_C1).squeeze(-1) - log_z_C for logits, log_z_C in pairs]
+        entropies = exact.student_entropy_C, exact.teacher_entropy_C
+        values_KC = torch.stack([exact.kl_C, *logps[:1], exact.kl_C, *entropies, *logps[1:]])
+        if upstream_JC is None:
+            return values_KC, None
+        return values_KC, exact_gradient(exact, upstream_JC[0], None if token_C1 is None else upstream_JC[1], token_C1)
+
     def row_loss(logits_CV: Tensor, rows: slice, upstream_JC: Tensor | None) -> tuple[Tensor, Tensor | None]:
         logp_student_CV = _shared_logp(logits_CV, vocabulary, "student")
         logp_teacher_CV = _shared_logp(teacher(rows), vocabulary, "teacher")
-        if logp_student_CV.shape != logp_teacher_CV.shape:
-            raise ValueError(
-                f"logits differ in shape: {list(logp_student_CV.shape)} and {list(logp_teacher_CV.shape)}; "
-                "give the shared vocabulary if only padding differs."
-            )
+        _check_shapes(logp_student_CV, logp_teacher_CV)
         prefixes = Prefixes(
             logp_student_CV,
             logp_teacher_CV,
@@ -138,7 +161,7 @@ def _rows(
         )
         integrand = divergence(prefixes)
         loss_C = integrand.value_C
-        kl_C = loss_C if divergence is reverse_kl else reverse_kl(prefixes).value_C
+        kl_C = reverse_kl(prefixes).value_C
         grad_CV = None
         if upstream_JC is not None:
             grad_CV = _scale_rows(integrand.gradient_CV(prefixes.student_CV), upstream_JC[0])
@@ -153,7 +176,15 @@ def _rows(
         entropies = [prefixes.student_entropy_C, prefixes.teacher_entropy_C]
         return torch.stack([loss_C, *logps[:1], kl_C, *entropies, *logps[1:]]), grad_CV
 
-    return row_loss
+    return exact_loss if divergence is reverse_kl else row_loss
+
+
+def _check_shapes(student_CV: Tensor, teacher_CV: Tensor) -> None:
+    if student_CV.shape != teacher_CV.shape:
+        raise ValueError(
+            f"logits differ in shape: {list(student_CV.shape)} and {list(teacher_CV.shape)}; "
+            "give the shared vocabulary if only padding differs."
+        )
 
 
 def _add_logp_gradient(grad_CV: Tensor, student_CV: Tensor, token_C1: Tensor, upstream_C1: Tensor) -> None:
@@ -161,17 +192,28 @@ def _add_logp_gradient(grad_CV: Tensor, student_CV: Tensor, token_C1: Tensor, up
     grad_CV.addcmul_(student_CV, upstream_C1, value=-1).scatter_add_(-1, token_C1, upstream_C1.to(grad_CV.dtype))
 
 
+def _shared_logits(logits_CV: Tensor, vocabulary: SharedVocabulary | None, role: Role) -> Tensor:
+    """Logits over the shared vocabulary in float32 (float64 for float64)."""
+    logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+    return logits_CV if vocabulary is None else canonicalize(logits_CV, vocabulary, role)
+
+
 def _shared_logp(logits_CV: Tensor, vocabulary: SharedVocabulary | None, role: Role) -> Tensor:
     """float32 log-probabilities over the shared vocabulary (float64 for float64), always a new tensor."""
+    return _shared_logits(logits_CV, vocabulary, role).log_softmax(-1)
+
+
+def _logits(
+    hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, temperature: float, scratch: Scratch, name: str
+) -> Tensor:
+    """An output layer's logits divided by the temperature, in float32 at least; in the scratch of that name."""
+    out_CV = scratch.empty(name, torch.Size((hidden_CD.shape[0], weight_VD.shape[0])), hidden_CD)
+    with torch.autocast(hidden_CD.device.type, enabled=False), torch.no_grad():
+        logits_CV = torch.mm(hidden_CD, weight_VD.to(hidden_CD.dtype).T, out=out_CV)
+    if bias_V is not None:
+        logits_CV.add_(bias_V.to(hidden_CD.dtype))
     logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
-    return (logits_CV if vocabulary is None else canonicalize(logits_CV, vocabulary, role)).log_softmax(-1)
-
-
-def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
-    bias_V = None if bias_V is None else bias_V.to(hidden_CD.dtype)
-    with torch.autocast(hidden_CD.device.type, enabled=False):
-        logits_CV = torch.nn.functional.linear(hidden_CD, weight_VD.to(hidden_CD.dtype), bias_V)
-    return logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+    return logits_CV if temperature == 1 else logits_CV.div_(temperature)
 
 
 def _rows_of(logits: Tensor | Callable[[slice], Tensor], tokens: int) -> Callable[[slice], Tensor]:
@@ -237,15 +279,18 @@ class _Linear(torch.autograd.Function):
         differentiable: int,
         chunk_tokens: int,
         temperature: float,
+        scratch: Scratch,
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V)
+        if hidden_ND.device.type == "cpu":
+            chunk_tokens = min(chunk_tokens, max(1, CPU_CHUNK // weight_VD.shape[0]))
         ctx.row_loss, ctx.chunk_tokens, ctx.temperature = row_loss, chunk_tokens, temperature
-        ctx.differentiable = differentiable
+        ctx.differentiable, ctx.scratch = differentiable, scratch
         tokens = hidden_ND.shape[0]
         dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
         value_KN = torch.empty(values, tokens, dtype=dtype, device=hidden_ND.device)
         for rows in _chunks(tokens, chunk_tokens):
-            logits_CV = _logits(hidden_ND[rows], weight_VD, bias_V).div_(temperature)
+            logits_CV = _logits(hidden_ND[rows], weight_VD, bias_V, temperature, scratch, "student")
             value_KN[:, rows], _ = row_loss(logits_CV, rows, None)
         columns = [value_N.clone() for value_N in value_KN]
         ctx.mark_non_differentiable(*columns[differentiable:])
@@ -260,16 +305,18 @@ class _Linear(torch.autograd.Function):
         grad_VD = torch.zeros_like(weight_VD, dtype=sums) if need_weight else None
         grad_V = torch.zeros_like(bias_V, dtype=sums) if need_bias else None
         for rows in _chunks(hidden_ND.shape[0], ctx.chunk_tokens):
-            logits_CV = _logits(hidden_ND[rows], weight_VD, bias_V).div_(ctx.temperature)
+            logits_CV = _logits(hidden_ND[rows], weight_VD, bias_V, ctx.temperature, ctx.scratch, "student")
             upstream_JC = torch.stack([grad_N[rows] for grad_N in grads[: ctx.differentiable]]) / ctx.temperature
             _, grad_CV = ctx.row_loss(logits_CV, rows, upstream_JC)
             if grad_V is not None:
                 grad_V += grad_CV.sum(0)
             grad_CV = grad_CV.to(hidden_ND.dtype)
             if grad_ND is not None:
-                grad_ND[rows] = grad_CV @ weight_VD.to(hidden_ND.dtype)
-            if grad_VD is not None:
+                torch.mm(grad_CV, weight_VD.to(hidden_ND.dtype), out=grad_ND[rows])
+            if grad_VD is not None and grad_VD.dtype == hidden_ND.dtype:
+                grad_VD.addmm_(grad_CV.T, hidden_ND[rows])  # without a second [V, D]
+            elif grad_VD is not None:
                 grad_VD += grad_CV.T @ hidden_ND[rows]
         grad_weight = None if grad_VD is None else grad_VD.to(weight_VD.dtype)
         grad_bias = None if grad_V is None or bias_V is None else grad_V.to(bias_V.dtype)
-        return grad_ND, grad_weight, grad_bias, None, None, None, None, None
+        return grad_ND, grad_weight, grad_bias, *[None] * 6

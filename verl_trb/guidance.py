@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from verl_trb.parameters import check_value, value_at
 from verl_trb.parameters import describe as describe_value
-from verl_trb.policies import STUDENT, Policy, get_policy
+from verl_trb.policies import STUDENT, TEACHER, Policy, get_policy
 from verl_trb.schedules import annealed_epsilon
 
 PARAMS = "trb.policy_params"
@@ -22,9 +22,12 @@ def guidance(trb: Any, step: int, validate: bool = False) -> dict[str, float] | 
     """The values of the policy's parameters at a training step (counted from 1); None where rollouts are the
     student's own: in validation, after trb.guided_steps, and where a value makes the policy the student.
 
-    A parameter `epsilon` is trb.epsilon unless trb.policy_params sets it: for warm-up policies annealed over
+    The first trb.sft_steps are fine-tuning on rollouts of the teacher's, a policy without parameters. Later a
+    parameter `epsilon` is trb.epsilon unless trb.policy_params sets it: for warm-up policies annealed over
     trb.warmup_steps (`annealed_epsilon`), for others constant.
     """
+    if step <= trb.sft_steps and not validate:
+        return {}
     policy, last = get_policy(trb.policy), last_guided_step(trb)
     if validate or policy.name == STUDENT or (last is not None and step > last):
         return None
@@ -33,6 +36,11 @@ def guidance(trb: Any, step: int, validate: bool = False) -> dict[str, float] | 
         values["epsilon"] = annealed_epsilon(step, trb.epsilon, trb.warmup_steps) if policy.warmup else trb.epsilon
     unguided = any(values[name] == parameter.student_at for name, parameter in policy.parameters.items())
     return None if unguided else values
+
+
+def step_policy(trb: Any, step: int) -> str:
+    """The name of the policy that guides a training step's rollouts."""
+    return TEACHER if step <= trb.sft_steps else trb.policy
 
 
 def last_guided_step(trb: Any) -> int | None:

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from verl_trb.parameters import Parameter, run_file
 from verl_trb.trust_region import Blend, blend
+from verl_trb.vocabulary import SharedVocabulary, canonicalize
 
-STUDENT = "student"
+STUDENT, TEACHER = "student", "teacher"
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,39 @@ def guided(
     return Blend(log_mu_NV, beta_N, kl_N)
 
 
+@torch.no_grad()
+def behavior(
+    policy: Policy,
+    params_N: Sequence[dict[str, float] | None],
+    logp_student_NV: Tensor,
+    teacher_logits_NV: Tensor | None,
+    *,
+    vocabulary: SharedVocabulary,
+    temperature_N: Tensor | None = None,
+) -> Blend:
+    """`guided`, from the teacher's logits as its output layer gives them: [N, at least V], None while it is skipped.
+
+    temperature_N: divides the teacher's logits. On a GPU one kernel does all of it for a trust region, whatever
+    epsilon each position has (kernels/trust_region_triton.py).
+    """
+    if teacher_logits_NV is None:
+        return guided(policy, params_N, logp_student_NV, None)
+    if policy.rule is trb and logp_student_NV.is_cuda and logp_student_NV.dtype != torch.float64:
+        from verl_trb.kernels.trust_region_triton import blend_logits
+
+        epsilons = [params["epsilon"] if params is not None else 0.0 for params in params_N]
+        epsilon_N = torch.tensor(epsilons, device=logp_student_NV.device)
+        blended, _ = blend_logits(
+            logp_student_NV, teacher_logits_NV, epsilon_N, vocabulary=vocabulary, temperature_N=temperature_N
+        )
+        return blended
+    logits_NV = teacher_logits_NV[:, : vocabulary.size].float()
+    if temperature_N is not None:
+        logits_NV = logits_NV / temperature_N[:, None]
+    logp_teacher_NV = canonicalize(logits_NV, vocabulary, role="teacher").log_softmax(-1)
+    return guided(policy, params_N, logp_student_NV, logp_teacher_NV)
+
+
 # ------------------------------------------------------------------------------------------ the policies
 
 
@@ -200,7 +234,7 @@ def teacher_mix(logp_student_NV: Tensor, logp_teacher_NV: Tensor, *, alpha: floa
     return from_log_mu(torch.logaddexp(logp_S_NV + _log(1 - alpha), logp_T_NV + _log(alpha)), logp_S_NV)
 
 
-@register_policy("teacher", weightable=False)
+@register_policy(TEACHER, weightable=False)
 def teacher(logp_student_NV: Tensor, logp_teacher_NV: Tensor) -> Blend:
     """Rollouts from the teacher alone: mu = pi_T."""
     return from_log_mu(logp_teacher_NV, logp_student_NV, beta=1.0)

@@ -24,6 +24,7 @@ from verl_trb.data.reasoning import make_problems
 from verl_trb.data.select import Choice, Selection, select
 from verl_trb.data.sources import REASONING_GYM, SOURCES, Source, find_source
 from verl_trb.errors import UserError
+from verl_trb.rewards.math import same_answer, verifies_itself
 
 FOLDER = "~/data/verl_trb"
 GENERATED = 1000  # problems of a reasoning-gym task
@@ -64,17 +65,14 @@ def prepare_source(source: Source, options: argparse.Namespace, sets: Evaluation
     else:
         rows, commit = hub_rows(source, options.revision)
         facts = {"source": f"hub: {source.hub}", "config": source.config, "split": source.split, "revision": commit}
-    verifies = None
-    if not options.no_answer_check:
-        from verl_trb.rewards.math import verifies_itself
-
-        verifies = cache(verifies_itself)
+    check = not options.no_answer_check
     choice = Choice(
         limit=options.limit or source.limit,
         shuffle=options.shuffle,
         question_column=options.question_column,
         answer_column=options.answer_column,
-        verifies=verifies,
+        verifies=cache(verifies_itself) if check else None,
+        same=same_answer if check else None,
         too_long=None if source.evaluation else _too_long(options),
         evaluation_sets=None if source.evaluation else sets,
         drop_overlap=options.drop_overlap,

@@ -21,6 +21,10 @@ from torch import Tensor
 LOG_ZERO = -700.0
 # Passes after which a bracket that shrinks slowly is halved.
 PATIENCE = 5
+# Stands for infinity in the passes: unlike infinity, it makes no NaN out of 0 * infinity.
+HUGE = 1e30
+# Numbers in one tensor of a block on a CPU: five such tensors in float32 stay in a level-3 cache of 16 MB.
+BLOCK_ELEMENTS = 2**19
 
 
 class Blend(NamedTuple):
@@ -86,24 +90,50 @@ def blend(
     dtype = torch.float64 if double else torch.float32
     epsilon_N = _epsilon_rows(epsilon, batch, dtype, logp_student.device)
 
-    log_mu_NV = logp_student.reshape(-1, size).to(dtype, copy=True)
+    student_NV, teacher_NV = logp_student.reshape(-1, size), logp_teacher.reshape(-1, size)
+    log_mu_NV = torch.empty(student_NV.shape, dtype=dtype, device=student_NV.device)
     beta_N = torch.zeros_like(epsilon_N)
     kl_N = torch.zeros_like(epsilon_N)
-    rows = (epsilon_N > 0).nonzero().squeeze(-1)
-    if len(rows) > 0:
-        student_NV = log_mu_NV[rows]
-        teacher_NV = logp_teacher.reshape(-1, size)[rows].to(dtype)
-        base_NV, ratio_NV, solution = solve_beta(
-            student_NV, teacher_NV, epsilon_N[rows], tolerance=tolerance, max_passes=max_passes
+    # On a CPU: as many rows at a time as keep the temporaries in its cache, and one scratch for all blocks.
+    step = max(1, BLOCK_ELEMENTS // size if student_NV.device.type == "cpu" else len(student_NV))
+    scratch_3NV = log_mu_NV.new_empty(3, min(step, len(student_NV)), size)
+    for rows in (slice(start, start + step) for start in range(0, len(student_NV), step)):
+        student_MV, teacher_MV = student_NV[rows].to(dtype), teacher_NV[rows].to(dtype)
+        beta_N[rows], kl_N[rows] = _blend_rows(
+            student_MV, teacher_MV, epsilon_N[rows], tolerance, max_passes, log_mu_NV[rows], scratch_3NV
         )
-        beta_N[rows], kl_N[rows] = solution.beta_N, solution.kl_N
-        cut_N = ((student_NV < LOG_ZERO) & (teacher_NV >= LOG_ZERO)).any(-1)
-        whole_N = (solution.beta_N == 1) & ~cut_N
-        mixed_N = (solution.beta_N != 0) & ~whole_N
-        log_mu_NV[rows[whole_N]] = teacher_NV[whole_N]
-        beta_M, log_z_M = solution.beta_N[mixed_N, None], solution.log_z_N[mixed_N, None]
-        log_mu_NV[rows[mixed_N]] = torch.addcmul(base_NV[mixed_N], beta_M, ratio_NV[mixed_N]).sub_(log_z_M)
     return Blend(log_mu_NV.reshape(*batch, size), beta_N.reshape(batch), kl_N.reshape(batch))
+
+
+def _blend_rows(
+    student_NV: Tensor,
+    teacher_NV: Tensor,
+    epsilon_N: Tensor,
+    tolerance: float,
+    max_passes: int,
+    log_mu_NV: Tensor,
+    scratch_3NV: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`blend` for the rows of one block: beta_N, kl_N; log mu is written to log_mu_NV."""
+    budget_N = epsilon_N > 0
+    if not bool(budget_N.any()):
+        log_mu_NV.copy_(student_NV)
+        return torch.zeros_like(epsilon_N), torch.zeros_like(epsilon_N)
+    base_NV, ratio_NV, solution = solve_beta(
+        student_NV, teacher_NV, epsilon_N, tolerance=tolerance, max_passes=max_passes, scratch_3NV=scratch_3NV
+    )
+    beta_N, kl_N = solution.beta_N.where(budget_N, 0.0), solution.kl_N.where(budget_N, 0.0)
+    torch.addcmul(base_NV, beta_N[:, None], ratio_NV, out=log_mu_NV).sub_(solution.log_z_N[:, None])
+    torch.threshold_(log_mu_NV, -HUGE / 2, -math.inf)
+    student_rows, teacher_rows = (beta_N == 0).nonzero().squeeze(-1), (beta_N == 1).nonzero().squeeze(-1)
+    if len(student_rows) > 0:
+        log_mu_NV[student_rows] = student_NV[student_rows]
+    if len(teacher_rows) > 0:
+        # Where the student's support cuts the teacher's, mu is the teacher renormalized, and stays as computed.
+        cut_NV = (student_NV[teacher_rows] < LOG_ZERO) & (teacher_NV[teacher_rows] >= LOG_ZERO)
+        teacher_rows = teacher_rows[~cut_NV.any(-1)]
+        log_mu_NV[teacher_rows] = teacher_NV[teacher_rows]
+    return beta_N, kl_N
 
 
 def solve_beta(
@@ -113,12 +143,14 @@ def solve_beta(
     *,
     tolerance: float = 1e-3,
     max_passes: int = 64,
+    scratch_3NV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Solution]:
     """Bracketed Newton for the largest beta with KL <= epsilon > 0, on f(beta) = sqrt(2 KL), nearly linear.
 
-    Returns (base_NV, ratio_NV, solution): log mu = base + beta ratio - log_z on the rows with beta > 0. The
-    first pass looks at both ends (beta = 0 and 1), value and slope of f at each; every further pass is one
-    Newton step. Rows that have converged leave the work; one host synchronization a pass.
+    Returns (base_NV, ratio_NV, solution): log mu = base + beta ratio - log_z on the rows with beta > 0, where
+    about -HUGE stands for probability 0. The first pass looks at both ends (beta = 0 and 1), value and slope of
+    f at each; every further pass is one Newton step. Rows that have converged leave the work; one host
+    synchronization a pass. scratch_3NV: where base, ratio and a temporary go (fresh memory costs page faults).
     """
     zero_N, one_N = torch.zeros_like(epsilon_N), torch.ones_like(epsilon_N)
     slack = 4 * torch.finfo(epsilon_N.dtype).eps
@@ -127,16 +159,17 @@ def solve_beta(
     lower_N = epsilon_N * (1 - tolerance) - 3 * slack
     aim_N = (upper_N + torch.maximum(lower_N, zero_N)).clamp_min(0).sqrt()  # f at the middle
 
-    dead_NV = (logp_student_NV < LOG_ZERO) | (logp_teacher_NV < LOG_ZERO)
-    base_NV = logp_student_NV.masked_fill(dead_NV, -math.inf)
-    ratio_NV = (logp_teacher_NV - logp_student_NV).masked_fill_(dead_NV, 0)
-    lost_N = torch.where(dead_NV, logp_student_NV, -math.inf).exp().sum(-1)
-    log_z0_N, centre_N, variance0_N = _moments(base_NV, ratio_NV, zero_N)
+    rows_in = len(logp_student_NV)
+    if scratch_3NV is None:
+        scratch_3NV = logp_student_NV.new_empty(3, *logp_student_NV.shape)
+    base_NV, ratio_NV, scratch_NV = scratch_3NV[:, :rows_in]
+    lost_N = _prepare(logp_student_NV, logp_teacher_NV, base_NV, ratio_NV)
+    log_z0_N, centre_N, variance0_N = _moments(base_NV, ratio_NV, zero_N, scratch_NV)
     # Shifting the ratio changes no mu and no KL; centred, beta E[r] and log Z stay small and do not cancel.
     ratio_NV.sub_(centre_N.nan_to_num(0.0)[:, None])
     kl0_N = torch.log1p(lost_N * (-log_z0_N).exp())  # the limit of KL at beta -> 0
     log_total_N = log_z0_N + kl0_N  # 0 up to rounding of the student's normalization
-    log_z1_N, mean1_N, variance1_N = _moments(base_NV, ratio_NV, one_N)
+    log_z1_N, mean1_N, variance1_N = _moments(base_NV, ratio_NV, one_N, scratch_NV)
     kl1_N = (mean1_N - log_z1_N + log_total_N).clamp_min(0)
 
     teacher_N = kl1_N <= epsilon_N
@@ -162,7 +195,7 @@ def solve_beta(
         if len(rows) == 0:
             break
         width_N = high_5N[0] - low_5N[0]
-        log_z_M, mean_M, variance_M = _moments(work_base_NV, work_ratio_NV, guess_N)
+        log_z_M, mean_M, variance_M = _moments(work_base_NV, work_ratio_NV, guess_N, scratch_NV)
         passes_N[rows] += 1
         kl_M = (guess_N * mean_M - log_z_M + log_total_N[rows]).clamp_min(0)
         f_M = (2 * kl_M).sqrt()
@@ -185,14 +218,36 @@ def solve_beta(
     return base_NV, ratio_NV, Solution(beta_N, kl_N, log_z_N, passes_N)
 
 
-def _moments(base_NV: Tensor, ratio_NV: Tensor, beta_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """log sum_a w, and mean and variance of the ratio under w, for w = e^(base + beta ratio): one pass."""
-    w_NV = torch.addcmul(base_NV, beta_N[:, None], ratio_NV)
-    top_N = w_NV.amax(-1).clamp_min(torch.finfo(w_NV.dtype).min)  # finite also for a row of -inf
-    z_N = w_NV.sub_(top_N[:, None]).exp_().sum(-1)
-    mean_N = w_NV.mul_(ratio_NV).sum(-1) / z_N
-    square_N = w_NV.mul_(ratio_NV).sum(-1) / z_N
-    return top_N + z_N.log(), mean_N, (square_N - mean_N**2).clamp_min(0)
+def _prepare(logp_student_NV: Tensor, logp_teacher_NV: Tensor, base_NV: Tensor, ratio_NV: Tensor) -> Tensor:
+    """Writes base_NV = log pi_S and ratio_NV = log pi_T - log pi_S; lost_N, the student's mass the teacher lacks.
+
+    Tokens that either model gives probability 0 get base -HUGE and ratio 0.
+    """
+    torch.threshold(logp_student_NV, LOG_ZERO, -HUGE, out=base_NV)
+    torch.threshold(logp_teacher_NV, LOG_ZERO, -HUGE, out=ratio_NV).sub_(base_NV)
+    lost_N = torch.zeros_like(base_NV[:, 0])
+    # Masked tokens are 0 in both, and their ratio is 0 by now. Only one-sided zeros are left.
+    if bool((ratio_NV.amin() < -HUGE / 2) | (ratio_NV.amax() > HUGE / 2)):
+        dead_NV = ratio_NV.abs() > HUGE / 2
+        lost_N = torch.where(dead_NV, base_NV, -math.inf).exp().sum(-1)
+        base_NV.masked_fill_(dead_NV, -HUGE)
+        ratio_NV.masked_fill_(dead_NV, 0)
+    return lost_N
+
+
+def _moments(base_NV: Tensor, ratio_NV: Tensor, beta_N: Tensor, scratch_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log sum_a w, and mean and variance of the ratio under w, for w = e^(base + beta ratio): one pass.
+
+    softmax is torch's fastest way to exponentiate; sum_a w follows from w and w / sum_a w at the likeliest token.
+    """
+    log_w_NV = torch.addcmul(base_NV, beta_N[:, None], ratio_NV, out=scratch_NV[: len(beta_N)])
+    top_N = log_w_NV.amax(-1)
+    p_NV = torch.softmax(log_w_NV, -1, out=log_w_NV)
+    # softmax sums less accurately than sum, so p adds up to 1 only nearly.
+    total_N, p_top_N = p_NV.sum(-1), p_NV.amax(-1)
+    mean_N = p_NV.mul_(ratio_NV).sum(-1) / total_N
+    square_N = p_NV.mul_(ratio_NV).sum(-1) / total_N
+    return top_N + (total_N / p_top_N).log(), mean_N, (square_N - mean_N**2).clamp_min(0)
 
 
 def _interpolate(low_5N: Tensor, high_5N: Tensor, aim_N: Tensor) -> Tensor:

@@ -71,9 +71,9 @@ class Choice:
     """How rows are chosen.
 
     limit: rows wanted, None for all. shuffle: a seed; the rows are then ordered by a hash of seed and question,
-    which depends on no order of the input. verifies: whether an answer can be checked, None to skip that.
-    too_long: whether a question makes too long a prompt, None to skip that. evaluation_sets: where to look training
-    questions up. drop_overlap: "", "exact" or "near" (which includes exact).
+    which depends on no order of the input. verifies: whether an answer can be checked, None to skip that. same: whether
+    two answers are, where their texts differ. too_long: whether a question makes too long a prompt, None to skip that.
+    evaluation_sets: where to look training questions up. drop_overlap: "", "exact" or "near" (which includes exact).
     """
 
     limit: int | None = None
@@ -81,6 +81,7 @@ class Choice:
     question_column: str | None = None
     answer_column: str | None = None
     verifies: Callable[[str], bool] | None = None
+    same: Callable[[str, str], bool] | None = None
     too_long: Callable[[str], bool] | None = None
     evaluation_sets: EvaluationSets | None = None
     drop_overlap: str = ""
@@ -140,7 +141,7 @@ class _Training:
         if key in self.unused:
             self._drop(new, "a copy of a dropped question")
         elif first := self.first.get(key):
-            if not self.model_answers and normalized(answer) != normalized(first.example.answer):
+            if not self.model_answers and not self._same_answer(first.example.answer, answer):
                 self.contradicted.setdefault(key, new.row)
             self._drop(new, "a copy of another question", f"of {first.row}")
         elif self.choice.verifies and not self.choice.verifies(answer):
@@ -154,6 +155,9 @@ class _Training:
                 self.chosen.dropped.append(Dropped(new.row, "in an evaluation set", str(match), match))
             else:
                 self.first[key] = replace(new, match=match)
+
+    def _same_answer(self, one: str, other: str) -> bool:
+        return normalized(one) == normalized(other) or bool(self.choice.same and self.choice.same(one, other))
 
     def _match(self, new: Kept) -> Match | None:
         sets, example = self.choice.evaluation_sets, new.example

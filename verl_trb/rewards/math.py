@@ -78,6 +78,11 @@ def verifies_itself(gold: str, limits: Limits = Limits()) -> bool:  # noqa: B008
     return ask("math", {"gold": gold, "answer": gold, "parsed": True}, limits) == "right"
 
 
+def same_answer(gold: str, answer: str, limits: Limits = Limits()) -> bool:  # noqa: B008 - immutable
+    """Whether math-verify finds two answers equal."""
+    return ask("math", {"gold": gold, "answer": answer}, limits) == "right"
+
+
 def _verdict(answer: str, ask_for: tuple[str, dict[str, Any]], limits: Limits) -> Verdict:
     if not answer:
         return Verdict(0.0, "no answer")

@@ -44,6 +44,7 @@ async def generate_blended(
     params: dict[str, float] | None,
     marker: int,
     stop_ids: Sequence[int],
+    policy: str | None = None,
 ) -> Rollout:
     """Sample up to `max_tokens` tokens of μ after `prompt_ids`.
 
@@ -54,6 +55,7 @@ async def generate_blended(
         params: the rollout policy's parameters; None samples the student.
         marker: id that ends a request whose next π_S is unknown (after a preemption, for example).
         stop_ids: ids that end a rollout; a prompt must not end with one.
+        policy: name of the rollout policy, None for the run's own.
 
     Raises:
         ValueError: for a prompt the engine cannot sample exactly after.
@@ -70,7 +72,7 @@ async def generate_blended(
     rollout, stalled = Rollout(), 0
     while True:
         prefix = prompt + rollout.token_ids
-        request = BlendedRequest(params=params, forced_token=prefix[-1])
+        request = BlendedRequest(params, prefix[-1], policy)
         budget = max_tokens - len(rollout.token_ids)
         answer = await submit(prefix[:-1], request, budget + 1, rollout.resubmitted)
         tokens, logprobs = list(answer.token_ids[1:]), list(answer.logprobs[1:])

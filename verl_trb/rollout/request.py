@@ -11,23 +11,25 @@ from typing import Any
 ROLLOUT_NAME = "trb"  # verl's name for the engine: actor_rollout_ref.rollout.name
 FORCED = "trb_forced_token"
 PARAMS = "trb_params"
+POLICY = "trb_policy"
 
 
 @dataclass(frozen=True)
 class BlendedRequest:
     """params: the rollout policy's parameters by name, None for the student alone. forced_token: the prompt's last
-    token id.
+    token id. policy: its name, None for the run's own.
     """
 
     params: dict[str, float] | None
     forced_token: int
+    policy: str | None = None
 
     def extra_args(self) -> dict[str, Any]:
-        return {PARAMS: self.params, FORCED: self.forced_token}
+        return {PARAMS: self.params, FORCED: self.forced_token, POLICY: self.policy}
 
     @classmethod
     def read(cls, extra_args: dict[str, Any] | None) -> "BlendedRequest | None":
         """None for a request that did not come through our server, which the sampler then ends unsampled."""
         if not extra_args or FORCED not in extra_args:
             return None
-        return cls(params=extra_args.get(PARAMS), forced_token=int(extra_args[FORCED]))
+        return cls(extra_args.get(PARAMS), int(extra_args[FORCED]), extra_args.get(POLICY))

@@ -27,11 +27,11 @@ from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from verl_trb.coupling import couple, mark_corrections
-from verl_trb.policies import Policy, guided
+from verl_trb.policies import Policy, behavior, get_policy
 from verl_trb.rollout.request import BlendedRequest
 from verl_trb.rollout.statistics import RolloutStatistics
 from verl_trb.rollout.teacher_gate import TeacherGate
-from verl_trb.vocabulary import SharedVocabulary, canonicalize
+from verl_trb.vocabulary import SharedVocabulary
 
 # The logarithm of the smallest float32, which stands in the statistics for probabilities that underflowed to 0.
 LOG_LEAST = math.log(2.0**-149)
@@ -59,6 +59,16 @@ class BlendedSampling:
     vocabulary: SharedVocabulary
     statistics: RolloutStatistics
     gate: TeacherGate
+
+    def policy_of(self, rows: list[Row]) -> Policy:
+        """The run's own, or the one that all guided rows ask for. Raises RuntimeError if they disagree: requests of
+        two training steps never meet in the engine.
+        """
+        names = {row.request.policy for row in rows if row.request is not None and row.request.params is not None}
+        if len(names) > 1:
+            raise RuntimeError(f"one batch asks for several rollout policies: {sorted(map(str, names))}")
+        name = next(iter(names), None)
+        return self.policy if name is None else get_policy(name)
 
     def token_without_draft(self, row: Row) -> int:
         """The forced first token of a fresh request; else the marker, because π_S, and so μ, is unknown."""
@@ -154,17 +164,20 @@ class BehaviorSampler(RejectionSampler):
             known_B[index_R] = True
             known_N = known_B.repeat_interleave(drafts_B)
             drafts_N, target_N = drafts_N[known_N], target_N[known_N]
-        logp_teacher_NV = None
-        if not self.sampling.gate.skipped:
-            teacher_NV = logits[target_N][:, : vocabulary.size].float()
-            if sampling_metadata.temperature is not None:
-                temperature_R = sampling_metadata.temperature[index_R]
-                teacher_NV = teacher_NV / temperature_R.repeat_interleave(num_drafts_R).unsqueeze(1)
-            logp_teacher_NV = canonicalize(teacher_NV, vocabulary, role="teacher").log_softmax(-1)
-
+        temperature_N = None
+        if sampling_metadata.temperature is not None:
+            temperature_N = sampling_metadata.temperature[index_R].repeat_interleave(num_drafts_R)
         params_R = [row.request.params if row.request else None for row in rows]
         params_N = [params for params, n in zip(params_R, num_drafts, strict=True) for _ in range(n)]
-        blended = guided(self.sampling.policy, params_N, logp_student_NV, logp_teacher_NV)
+        policy = self.sampling.policy_of(rows)
+        blended = behavior(
+            policy,
+            params_N,
+            logp_student_NV,
+            None if self.sampling.gate.skipped else logits[target_N],
+            vocabulary=vocabulary,
+            temperature_N=temperature_N,
+        )
 
         # Padded [R, G] view of the ragged rows; usually every block is full and nothing is copied.
         width = max(num_drafts)
@@ -208,6 +221,6 @@ class BehaviorSampler(RejectionSampler):
             log_ratio=(coupled.logp_BG - logp_student_RG.clamp(min=LOG_LEAST))[kept_RG],
         )
         logp_RG = coupled.logp_BG
-        if self.sampling.policy.marks_corrections:
+        if policy.marks_corrections:
             logp_RG = mark_corrections(logp_RG, emitted_RG & ~coupled.accepted_BG)
         return coupled.tokens_BG.where(kept_RG, PLACEHOLDER_TOKEN_ID), logp_RG.where(kept_RG, 0.0)

@@ -19,7 +19,7 @@ from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, 
 from verl_trb.policies import get_policy
 from verl_trb.rollout.engine_args import ENGINE_ENVIRONMENT, blended_engine_args, model_length
 from verl_trb.rollout.generation import Answer, generate_blended
-from verl_trb.rollout.request import PARAMS, ROLLOUT_NAME, BlendedRequest
+from verl_trb.rollout.request import PARAMS, POLICY, ROLLOUT_NAME, BlendedRequest
 from verl_trb.rollout.statistics import merge
 from verl_trb.vocabulary import from_tokenizers
 
@@ -87,7 +87,8 @@ class BlendedHttpServer(vLLMHttpServer):
     ) -> TokenOutput:
         """A rollout of μ after `prompt_ids`: verl's interface, one or more engine requests behind it."""
         params = dict(sampling_params)
-        guidance = (params.pop("extra_args", None) or {}).get(PARAMS)
+        asked_of_us = params.pop("extra_args", None) or {}
+        guidance, policy = asked_of_us.get(PARAMS), asked_of_us.get(POLICY)
         params.pop("logprobs", None)
         room = self.config.prompt_length + self.config.response_length - len(prompt_ids)
         asked = params.pop("max_tokens", params.pop("max_new_tokens", self.config.response_length))
@@ -111,8 +112,9 @@ class BlendedHttpServer(vLLMHttpServer):
             return Answer(output.token_ids, output.log_probs or [], output.stop_reason, raw=output)
 
         marker = self.vocabulary.marker
-        async with self._teacher_gate(guidance is not None and get_policy(self.trb["policy"]).needs_teacher):
-            rollout = await generate_blended(submit, prompt_ids, max_tokens, guidance, marker, stop_ids)
+        needs_teacher = guidance is not None and get_policy(policy or self.trb["policy"]).needs_teacher
+        async with self._teacher_gate(needs_teacher):
+            rollout = await generate_blended(submit, prompt_ids, max_tokens, guidance, marker, stop_ids, policy)
         self.resubmitted += rollout.resubmitted
         output: TokenOutput = rollout.raw
         output.token_ids, output.log_probs = rollout.token_ids, rollout.logprobs

@@ -11,9 +11,9 @@ import torch
 from verl.experimental.agent_loop import AgentLoopOutput
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 
-from verl_trb.guidance import guidance
+from verl_trb.guidance import guidance, step_policy
 from verl_trb.policies import get_policy
-from verl_trb.rollout.request import PARAMS
+from verl_trb.rollout.request import PARAMS, POLICY
 
 # The batch's field, int64 [response tokens]: 1 where the student's draft was rejected and replaced.
 CORRECTED = "corrected"
@@ -46,7 +46,8 @@ class DistillationAgentLoopWorker(_AgentLoopWorker):
 
     async def _run_agent_loop(self, sampling_params: dict[str, Any], trajectory: dict[str, Any], **kwargs: Any) -> Any:
         params = guidance(self.config.trb, trajectory["step"], trajectory["validate"])
-        sampling_params = {**sampling_params, "extra_args": {PARAMS: params}}
+        policy = step_policy(self.config.trb, trajectory["step"])
+        sampling_params = {**sampling_params, "extra_args": {PARAMS: params, POLICY: policy}}
         return await super()._run_agent_loop(sampling_params, trajectory, **kwargs)
 
     async def _agent_loop_postprocess(self, output: Any, *args: Any, **kwargs: Any) -> None:

@@ -1,0 +1,1 @@
+"""Triton kernels: what the pure functions compute, fused for CUDA. Imported only where a GPU is."""

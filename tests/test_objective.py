@@ -128,6 +128,7 @@ def settings(rollout_is: str | None = "sequence", actor: dict[str, Any] | None =
     [
         (settings(divergence="saki"), "set trb.policy=saki"),
         (settings(loss="sampled", policy="teacher"), "trb.policy=teacher makes useless"),
+        (settings(loss="sampled", data_share=0.5), "needs tokens of a known distribution"),
         (settings(reward_weight=1, policy="skd"), "trb.reward_weight > 0 weights every rollout token"),
         (settings(reward_weight=1, rollout_is=None), "is biased without importance weights"),
         (settings(reward_weight=1, actor={"entropy_coeff": 0.01}), "entropy_coeff=0.01 would do nothing"),

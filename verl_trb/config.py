@@ -53,6 +53,8 @@ class TrbConfig:
     divergence: the loss between student and teacher, a name of verl_trb/divergences.py or FILE.py:NAME of one's own.
     divergence_params: its own parameters by name, each a number or a schedule: [step, value] points, steps from 1.
     sft_steps: >= 0; the first so many steps are supervised fine-tuning on the teacher's rollouts.
+    data_share: share of the rollouts that are the data's own responses, a number or a schedule in [0, 1]; GKD's
+      1 - lambda. data_response: their column of the data; dots go inward: reward_model.ground_truth.
     distill_weight, reward_weight: of the divergence and of verl's policy gradient of the reward, >= 0, each a number
       or a schedule. Without distill_weight the teacher is not read.
     loss_chunk_tokens: tokens whose float32 logits exist at one time, >= 1.
@@ -76,6 +78,8 @@ class TrbConfig:
     divergence: str = "reverse_kl"
     divergence_params: dict[str, Any] = field(default_factory=dict)
     sft_steps: int = 0
+    data_share: Any = 0.0
+    data_response: str = "response"
     distill_weight: Any = 1.0
     reward_weight: Any = 0.0
     loss_chunk_tokens: int = 1024
@@ -106,6 +110,10 @@ class TrbConfig:
         _one_of("trb.loss", self.loss, LOSSES)
         if self.sft_steps < 0:
             raise ConfigError(f"trb.sft_steps must be >= 0 (steps of supervised fine-tuning), got {self.sft_steps}.")
+        try:
+            check_value("trb.data_share", self.data_share, Parameter(0, 1))
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         _check_weights(self.distill_weight, self.reward_weight, self.sft_steps)
 
 

@@ -65,6 +65,11 @@ def check_objective(config: DictConfig) -> None:
             f"{what} weights every rollout token by pi_S / mu, which trb.policy={trb.policy} makes useless: it hardly "
             "ever draws some of the student's tokens; choose another policy, or trb.loss=full or topk and no reward."
         )
+    if (trb.loss == "sampled" or rewards) and trb.data_share != 0:
+        what = "trb.reward_weight > 0" if rewards else "trb.loss=sampled"
+        raise UserError(
+            f"{what} needs tokens of a known distribution, which the data's responses are not; set trb.data_share=0."
+        )
     correction = config.algorithm.rollout_correction
     if rewards and trb.policy != "student" and correction.rollout_is is None:
         raise UserError(

@@ -14,6 +14,7 @@ from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorke
 from verl_trb.guidance import guidance, step_policy
 from verl_trb.policies import get_policy
 from verl_trb.rollout.request import PARAMS, POLICY
+from verl_trb.training import data_response
 
 # The batch's field, int64 [response tokens]: 1 where the student's draft was rejected and replaced.
 CORRECTED = "corrected"
@@ -45,6 +46,12 @@ class DistillationAgentLoopWorker(_AgentLoopWorker):
     """Any of verl's agent loops, single or multi turn."""
 
     async def _run_agent_loop(self, sampling_params: dict[str, Any], trajectory: dict[str, Any], **kwargs: Any) -> Any:
+        trb, step = self.config.trb, trajectory["step"]
+        sample, session = int(trajectory["sample_index"]), int(kwargs.get("session_id", 0))
+        if not trajectory["validate"] and data_response.takes_data(trb, step, sample, session):
+            asked = {"column": trb.data_response, "step": step}
+            kwargs["agent_name"] = data_response.NAME
+            return await super()._run_agent_loop({"extra_args": asked}, trajectory, **kwargs)
         params = guidance(self.config.trb, trajectory["step"], trajectory["validate"])
         policy = step_policy(self.config.trb, trajectory["step"])
         sampling_params = {**sampling_params, "extra_args": {PARAMS: params, POLICY: policy}}

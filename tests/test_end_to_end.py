@@ -252,3 +252,29 @@ def test_real_model_distills(tmp_path, cache):
     for line in steps:
         assert line["trb/log_ratio_trainer"] == pytest.approx(line["trb/log_ratio"], abs=1e-3)
         assert line["trb/kl/max"] <= line["trb/epsilon"] * (1 + 1e-5)
+
+
+REWARDS = """
+def broken(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    raise ValueError("the verifier has no network")
+
+def broken_for_some(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    return broken(data_source, solution_str, ground_truth) if ground_truth[1] in "01" else 1.0
+"""
+
+
+@pytest.mark.slow
+def test_reward_function_that_raises(tmp_path, cache):
+    """One sentence where every rollout fails; a warning and the rest of the batch where some do."""
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    where = f"reward.custom_reward_function.path={tmp_path}/rewards.py"
+    for name, code in (("broken", 1), ("broken_for_some", 0)):
+        function = f"reward.custom_reward_function.name={name}"
+        process = start(tmp_path / name, cache, where, function, "trainer.total_training_steps=2")
+        assert process.wait(timeout=TIMEOUT) == code, printed(tmp_path / name)
+        screen = printed(tmp_path / name)
+        assert "rollouts" in screen and "failed" in screen and "ValueError: the verifier has no network" in screen
+        assert "Traceback" not in screen
+    steps = read_metrics(tmp_path / "broken_for_some")[1:]
+    assert [line["step"] for line in steps] == [1, 2]
+    assert all(0 < line["trb/failed_rollouts"] < BATCH and line["reward/mean"] == 1 for line in steps)

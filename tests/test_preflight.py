@@ -181,6 +181,11 @@ def test_parts_of_verl_that_do_not_fit(config: DictConfig, key: str, value: obje
             "less than the longest sequence, 41 tokens",
         ),
         ({"actor_rollout_ref.rollout.tensor_model_parallel_size": 2}, "does not divide the 1 devices"),
+        (
+            {"actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": 9},
+            "ppo_micro_batch_size_per_gpu=9 must divide the 48",
+        ),
+        ({"actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": 36}, "=36 must divide the 48 sequences"),
     ],
 )
 def test_batches_that_do_not_divide(config: DictConfig, changes: dict[str, object], says: str):

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from verl_trb.schedules import annealed_epsilon, piecewise_linear
+from verl_trb.schedules import annealed_epsilon, piecewise_linear, warmup_factor
 
 
 def test_epsilon_of_the_paper():
@@ -56,3 +56,17 @@ def test_piecewise_linear():
 def test_points_that_are_no_schedule(points):
     with pytest.raises(ValueError, match="schedule"):
         piecewise_linear(0, points)
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+def test_learning_rate_rises_from_nothing_to_all(shape):
+    factors = [warmup_factor(updates, 15, shape) for updates in range(20)]
+    assert factors[0] == 0 and factors[15:] == [1.0] * 5
+    assert all(low < high for low, high in zip(factors[:15], factors[1:16], strict=True))
+    assert warmup_factor(0, 0, shape) == 1.0
+
+
+def test_cosine_warm_up_is_half_a_period():
+    rises = [warmup_factor(updates, 4, "cosine") for updates in range(5)]
+    assert rises == pytest.approx([0, (1 - 2**-0.5) / 2, 0.5, (1 + 2**-0.5) / 2, 1])
+    assert [warmup_factor(updates, 4, "linear") for updates in range(5)] == [0, 0.25, 0.5, 0.75, 1]

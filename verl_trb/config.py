@@ -58,6 +58,8 @@ class TrbConfig:
     distill_weight, reward_weight: of the divergence and of verl's policy gradient of the reward, >= 0, each a number
       or a schedule. Without distill_weight the teacher is not read.
     loss_chunk_tokens: tokens whose float32 logits exist at one time, >= 1.
+    lr_warmup: shape of the learning rate's rise over actor.optim.lr_warmup_steps, `linear` (verl's) or `cosine`, for
+      lr_scheduler_type=constant.
     seed: of data order, rollouts and of what `prepare` makes, >= 0.
     prepare: a task whose models and data are made at first use and cached; null uses what the paths name.
     cache_dir: folder of what `prepare` makes.
@@ -83,6 +85,7 @@ class TrbConfig:
     distill_weight: Any = 1.0
     reward_weight: Any = 0.0
     loss_chunk_tokens: int = 1024
+    lr_warmup: str = "linear"
     seed: int = 0
     prepare: str | None = None
     cache_dir: str = "~/.cache/verl_trb"
@@ -107,6 +110,7 @@ class TrbConfig:
         for name, meaning in at_least_one.items():
             if getattr(self, name) < 1:
                 raise ConfigError(f"trb.{name} must be >= 1 ({meaning}), got {getattr(self, name)}.")
+        _one_of("trb.lr_warmup", self.lr_warmup, ("linear", "cosine"))
         _one_of("trb.loss", self.loss, LOSSES)
         if self.sft_steps < 0:
             raise ConfigError(f"trb.sft_steps must be >= 0 (steps of supervised fine-tuning), got {self.sft_steps}.")

@@ -17,6 +17,7 @@ from verl_trb.data_files import files_of
 from verl_trb.errors import UserError
 from verl_trb.model_files import Model, find_model
 from verl_trb.rollout.engine_args import batched_tokens, model_length
+from verl_trb.schedules import warmup_factor
 from verl_trb.setting_checks import batch_table
 
 WIDTH = 110
@@ -150,7 +151,7 @@ def _schedules(config: DictConfig) -> Table:
         table.add_row(unit, *("" if value is None else f"{value[name]:.3g}" for value in values))
     if optim.lr_scheduler_type == "constant":
         warmup = max(optim.lr_warmup_steps, 0)
-        rates = (optim.lr * min(1.0, (step - 1) / warmup if warmup else 1.0) for step in steps)
+        rates = (optim.lr * warmup_factor(step - 1, warmup, config.trb.lr_warmup) for step in steps)
         table.add_row("learning rate", *(f"{rate:.2g}" for rate in rates))
     else:
         table.add_row("learning rate", f"{optim.lr:g}, {optim.lr_scheduler_type} after {optim.lr_warmup_steps} steps")

@@ -24,6 +24,17 @@ def piecewise_linear(step: float, points: Sequence[tuple[float, float]]) -> floa
     return float(points[-1][1])
 
 
+def warmup_factor(updates: int, warmup_steps: int, shape: str) -> float:
+    """The share of the full learning rate after so many optimizer updates: from 0 to 1 over `warmup_steps`, then 1.
+
+    shape: "linear", verl's, or "cosine", half a period of it (arXiv 2605.31159: a 15-step cosine warm-up).
+    """
+    if updates >= warmup_steps:
+        return 1.0
+    share = updates / warmup_steps
+    return share if shape == "linear" else (1 - math.cos(math.pi * share)) / 2
+
+
 def annealed_epsilon(step: int, epsilon: float, warmup_steps: int) -> float:
     """The budget of a training step: epsilon_k = epsilon (1 - k / K) for k < K, then exactly 0.
 

@@ -177,6 +177,20 @@ def check_batches(config: DictConfig) -> None:
             "Set actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu (sequences), or use_dynamic_bsz=true "
             "with ppo_max_token_len_per_gpu."
         )
+    if not actor.use_dynamic_bsz:
+        # verl reads the log-probabilities of a whole step before it updates on mini-batches.
+        for key, size, part in (
+            ("actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu", actor.ppo_micro_batch_size_per_gpu, "mini-batch"),
+            (
+                f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu",
+                config.actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu or 1,
+                "step",
+            ),
+        ):
+            share = batches["mini-batch, sequences" if part == "mini-batch" else "sequences per step"]
+            share //= batches["devices"]
+            if share % size:
+                raise UserError(f"{key}={size} must divide the {share} sequences that a device has of a {part}.")
     parallel = config.actor_rollout_ref.rollout.tensor_model_parallel_size
     if batches["devices"] % parallel:
         raise UserError(

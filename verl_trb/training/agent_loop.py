@@ -45,6 +45,15 @@ class MarkedOutput(AgentLoopOutput):
 class DistillationAgentLoopWorker(_AgentLoopWorker):
     """Any of verl's agent loops, single or multi turn."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.failures: list[str] = []
+
+    def take_failures(self) -> list[str]:
+        """What went wrong since the last call, one entry a rollout: verl itself only logs it and goes on without."""
+        failures, self.failures = self.failures, []
+        return failures
+
     async def _run_agent_loop(self, sampling_params: dict[str, Any], trajectory: dict[str, Any], **kwargs: Any) -> Any:
         trb, step = self.config.trb, trajectory["step"]
         sample, session = int(trajectory["sample_index"]), int(kwargs.get("session_id", 0))
@@ -55,12 +64,24 @@ class DistillationAgentLoopWorker(_AgentLoopWorker):
         params = guidance(self.config.trb, trajectory["step"], trajectory["validate"])
         policy = step_policy(self.config.trb, trajectory["step"])
         sampling_params = {**sampling_params, "extra_args": {PARAMS: params, POLICY: policy}}
-        return await super()._run_agent_loop(sampling_params, trajectory, **kwargs)
+        try:
+            return await super()._run_agent_loop(sampling_params, trajectory, **kwargs)
+        except Exception as error:
+            self.failures.append(first_line(error))
+            raise
 
     async def _agent_loop_postprocess(self, output: Any, *args: Any, **kwargs: Any) -> None:
         if get_policy(self.config.trb.policy).marks_corrections:
             output = [MarkedOutput.read(one) for one in (output if isinstance(output, list) else [output])]
         await super()._agent_loop_postprocess(output, *args, **kwargs)
+
+
+def first_line(error: Exception) -> str:
+    """The innermost cause in a line: errors that crossed Ray carry tracebacks in their text."""
+    cause: BaseException = error
+    while isinstance(cause, ray.exceptions.RayTaskError) and isinstance(cause.cause, BaseException):
+        cause = cause.cause
+    return f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[-1]}"
 
 
 class DistillationAgentLoopManager(AgentLoopManagerTQ):

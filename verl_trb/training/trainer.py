@@ -65,9 +65,25 @@ class DistillationTrainer(PPOTrainerSync):
         self.config.algorithm.rollout_correction.bypass_mode = not self.objective.policy_gradient
 
     def on_sample_end(self) -> None:
+        failed = self._take_failures(self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n)
         self.pending = rollout_metrics(sums := self._take_rollout_sums())
         self.pending["trb/resubmitted"] = sums.get("resubmitted", 0.0)
+        self.pending["trb/failed_rollouts"] = failed
         super().on_sample_end()
+
+    def _take_failures(self, rollouts: int) -> float:
+        """How many of `rollouts` failed since the last call, with a warning that says why.
+
+        Raises RuntimeError if all did.
+        """
+        workers = self.agent_loop_manager.agent_loop_workers
+        failures = [failure for taken in ray.get([w.take_failures.remote() for w in workers]) for failure in taken]
+        if len(failures) >= rollouts:
+            raise RuntimeError(f"all {rollouts} rollouts of step {self.global_steps} failed, with {failures[0]}")
+        if failures:
+            said = f"{len(failures)} of {rollouts} rollouts failed and were left out, the first with {failures[0]}"
+            self.emit({"kind": "warning", "text": f"step {self.global_steps}: {said}"})
+        return float(len(failures))
 
     def _take_rollout_sums(self) -> dict[str, float]:
         servers = [server for replica in self.llm_server_manager.get_replicas() for server in replica.servers]
@@ -118,7 +134,11 @@ class DistillationTrainer(PPOTrainerSync):
 
     def _validate(self) -> dict[str, float]:
         started = time.perf_counter()
-        metrics = super()._validate()
+        rollouts = len(self.val_dataset) * self.config.actor_rollout_ref.rollout.val_kwargs.n
+        try:
+            metrics = super()._validate()
+        finally:
+            self._take_failures(rollouts)  # says why, where verl has no answers to average
         core = [value for name, value in metrics.items() if name.startswith("val-core/") and "/mean@" in name]
         if core:
             metrics["val/accuracy"] = float(np.mean(core))

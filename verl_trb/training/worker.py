@@ -1,6 +1,7 @@
 """verl's hybrid worker with the frozen teacher next to the student's FSDP engine and its vLLM rollout."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 
 import verl_trb.rollout.server  # noqa: F401  registers the rollout engine with verl in this process
 import verl_trb.training.engine  # noqa: F401  registers the training engine
+from verl_trb.schedules import warmup_factor
 from verl_trb.training.loss import DistillationLoss
 from verl_trb.training.teacher import Teacher
 from verl_trb.vocabulary import from_tokenizers
@@ -53,6 +55,11 @@ class DistillationWorker(ActorRolloutRefWorker):
             teacher_rows=teacher.module.config.vocab_size,
         )
         engine.attach_teacher(teacher, vocabulary, trb["topk"], trb["loss_chunk_tokens"])
+        if trb["lr_warmup"] == "cosine":
+            # verl's configuration has no such shape. In place: the checkpoint manager holds the scheduler too.
+            steps = engine.optimizer_config.lr_warmup_steps
+            shape = partial(warmup_factor, warmup_steps=steps, shape="cosine")
+            engine.lr_scheduler.lr_lambdas = [shape for _ in engine.lr_scheduler.lr_lambdas]
         self.actor.set_loss_fn(DistillationLoss(self.loss_fn.keywords["config"]))
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
 from verl_trb.config import trb_config
-from verl_trb.errors import ConfigError
-from verl_trb.training.data_response import _Recorded, response_text, takes_data
+from verl_trb.data_files import check_responses, response_text
+from verl_trb.errors import ConfigError, UserError
+from verl_trb.training.data_response import _Recorded, takes_data
 
 
 def trb(**values: Any) -> Any:
@@ -38,8 +40,11 @@ def test_draws_are_functions_of_step_and_seed():
 def test_response_is_a_column():
     row = {"response": "a b", "reward_model": {"ground_truth": 7}}
     assert response_text(row, "response") == "a b" and response_text(row, "reward_model.ground_truth") == "7"
-    with pytest.raises(KeyError):
-        response_text(row, "answer")
+    assert response_text({"response": None}, "response") == ""
+    check_responses(Path("x.parquet"), [row], "response")
+    for wrong in ("answer", "response.text", "reward_model.text"):
+        with pytest.raises(UserError, match=f"x.parquet: row 0 has no response in '{wrong}'"):
+            check_responses(Path("x.parquet"), [row], wrong)
 
 
 def test_recorded_tokens_have_probability_one():

@@ -5,7 +5,7 @@ Files are what verl reads: parquet, or JSON lines; one row a prompt. Rows are co
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,30 @@ def check_rows(file: Path, rows: Sequence[dict[str, Any]], data: DictConfig) -> 
         for column, check in zip(columns, (_prompt_fault, _source_fault, _answer_fault), strict=True):
             if fault := check(row.get(column)):
                 raise UserError(f"{file}: row {number}, column {column!r}: {fault}.")
+
+
+def check_responses(file: Path, rows: Sequence[dict[str, Any]], column: str) -> None:
+    """Raises UserError naming the first row without a text in the column of the data's own responses."""
+    for number, row in enumerate(rows):
+        try:
+            text = response_text(row, column)
+        except (KeyError, TypeError):
+            text = ""
+        if not text:
+            raise UserError(
+                f"{file}: row {number} has no response in {column!r}; name the column with trb.data_response, or set "
+                "trb.data_share=0."
+            )
+
+
+def response_text(row: Mapping[str, Any], column: str) -> str:
+    """The response in a row of the data, "" for null; `column` may be dotted, "reward_model.ground_truth". Raises
+    KeyError or TypeError if it is absent.
+    """
+    value: Any = row
+    for name in column.split("."):
+        value = value[name]
+    return "" if value is None else str(value)
 
 
 def check_lengths(file: Path, rows: Sequence[dict[str, Any]], data: DictConfig, tokenizer: Any) -> int:

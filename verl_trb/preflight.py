@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 from omegaconf import DictConfig
 
-from verl_trb.data_files import check_lengths, check_rows, files_of, read_rows
+from verl_trb.data_files import check_lengths, check_responses, check_rows, files_of, read_rows
 from verl_trb.errors import UserError
 from verl_trb.model_files import Model, find_model
 from verl_trb.setting_checks import (
@@ -98,6 +98,8 @@ def _check_data(config: DictConfig, key: str, needed: int) -> None:
     rows = {file: read_rows(file) for file in files}
     for file in files:
         check_rows(file, rows[file], config.data)
+        if key == "train_files" and config.trb.data_share != 0:
+            check_responses(file, rows[file], config.trb.data_response)
     student = models(config)[STUDENT]
     if student is None:
         usable = sum(map(len, rows.values()))

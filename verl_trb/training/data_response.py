@@ -4,13 +4,13 @@ An agent loop like verl's single-turn one, whose engine is the data set: the res
 """
 
 import random
-from collections.abc import Mapping
 from typing import Any
 
 from verl.experimental.agent_loop.agent_loop import register
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 from verl.workers.rollout.replica import TokenOutput
 
+from verl_trb.data_files import response_text
 from verl_trb.parameters import value_at
 
 NAME = "trb_data_response"
@@ -23,14 +23,6 @@ def takes_data(trb: Any, step: int, sample: int, session: int) -> bool:
     """
     share = trb.data_share if isinstance(trb.data_share, (int, float)) else [list(point) for point in trb.data_share]
     return random.Random(f"{trb.seed}/{step}/{sample}/{session}").random() < value_at(share, step)
-
-
-def response_text(row: Mapping[str, Any], column: str) -> str:
-    """The response in a row of the data; `column` may be dotted, "reward_model.ground_truth". KeyError if absent."""
-    value: Any = row
-    for name in column.split("."):
-        value = value[name]
-    return str(value)
 
 
 class _Recorded:

@@ -50,3 +50,24 @@ def test_corrections_reach_the_training_batch(tmp_path: Path, cache: Path):
         assert line["trb/corrected"] == pytest.approx(1 - line["trb/acceptance"], abs=1e-12)
         assert line["trb/corrected"] > 0.01
     assert last["trb/corrected"] == 1 - last["trb/acceptance"] == 0
+
+
+def test_rewards_beside_and_instead_of_distillation(tmp_path: Path, cache: Path):
+    """Single-sample distillation from guided rollouts, then both terms, then the reward alone: importance weights are
+    1 on the student's own rollouts, and the last step reads no teacher."""
+    weights = ["trb.distill_weight=[[2,1],[3,0]]", "trb.reward_weight=[[1,0],[2,1]]", "trb.warmup_steps=1"]
+    settings = ["trb.loss=sampled", "actor_rollout_ref.rollout.n=2"]
+    guided, both, reward = train("trb", tmp_path, cache, *weights, *settings)
+    assert 0 < guided["rollout_corr/rollout_is_eff_sample_size"] < 0.99 and guided["trb/epsilon"] > 0
+    for line in (both, reward):
+        for name in ("min", "max"):
+            assert line[f"rollout_corr/rollout_is_{name}"] == pytest.approx(1, abs=1e-3)
+    assert both["timing_s/teacher"] > 0 == reward["timing_s/teacher"] and "trb/reverse_kl" not in reward
+
+
+def test_responses_of_the_data_are_trained_on(tmp_path: Path, cache: Path):
+    """All of them are right, which no student's are."""
+    settings = ["trb.data_share=[[1,1],[3,0]]", "trb.data_response=reward_model.ground_truth"]
+    metrics = train("gkd", tmp_path, cache, *settings)
+    rewards = [line["reward/mean"] for line in metrics]
+    assert rewards[0] == 1 and 0.2 < rewards[1] < 0.9 and rewards[2] < 0.3

@@ -278,3 +278,19 @@ def test_reward_function_that_raises(tmp_path, cache):
     steps = read_metrics(tmp_path / "broken_for_some")[1:]
     assert [line["step"] for line in steps] == [1, 2]
     assert all(0 < line["trb/failed_rollouts"] < BATCH and line["reward/mean"] == 1 for line in steps)
+
+
+@pytest.mark.slow
+def test_two_runs_side_by_side(tmp_path, cache):
+    """Each with a Ray of its own, whose jobs have the same number: neither gets the other's weights."""
+    learning_rates = {"slow": "1e-5", "fast": "1e-2"}
+    runs = {
+        name: start(tmp_path / name, cache, f"actor_rollout_ref.actor.optim.lr={lr}", "trainer.total_training_steps=4")
+        for name, lr in learning_rates.items()
+    }
+    for name, process in runs.items():
+        assert process.wait(timeout=TIMEOUT) == 0, printed(tmp_path / name)
+        steps = read_metrics(tmp_path / name)[1:]
+        assert [line["step"] for line in steps] == [1, 2, 3, 4]
+        for line in steps:
+            assert line["trb/log_ratio_trainer"] == pytest.approx(line["trb/log_ratio"], abs=2e-5)

@@ -6,17 +6,33 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from verl_trb import divergences, policies
 from verl_trb.divergences import Prefixes, get_divergence
+from verl_trb.parameters import run_file
 from verl_trb.policies import get_policy
 from verl_trb.report import read_metrics
 
+# What the page registers in this process ends with its tests.
+pytestmark = pytest.mark.usefixtures("registries_as_they_were")
+
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def registries_as_they_were() -> Iterator[None]:
+    before = dict(policies._POLICIES), dict(divergences._DIVERGENCES)
+    yield
+    for registry, entries in zip((policies._POLICIES, divergences._DIVERGENCES), before, strict=True):
+        registry.clear()
+        registry.update(entries)
+    run_file.cache_clear()
 
 
 @pytest.fixture(scope="module")

@@ -69,6 +69,7 @@ INTERFACES: dict[str, tuple[str, ...]] = {
     "verl.workers.utils.padding": ("no_padding_2_padding", "response_from_nested", "response_to_nested"),
     "verl.workers.rollout.base": ("_ROLLOUT_REGISTRY",),
     "verl.workers.rollout.replica": ("RolloutReplicaRegistry.register", "TokenOutput"),
+    "verl.workers.rollout.vllm_rollout.vllm_rollout": ("ServerAdapter",),
     "verl.workers.rollout.vllm_rollout.utils": (
         "monkey_patch_compute_logits",
         "vLLMColocateWorkerExtension._iter_all_models",

@@ -82,9 +82,8 @@ def complete(config: DictConfig) -> None:
     with open_dict(config):
         config.trb.recipe = recipe
         config.trb.method = method = hydra_config.runtime.choices[METHOD] or ""
-        config.trb.policy = policy = _absolute(trb.policy)
-        config.trb.divergence = _absolute(trb.divergence)
-        run_dir = trb.run_dir or f"runs/{_run_name(recipe, method, policy, overrides, hydra_config.mode)}"
+        config.trb.policy, config.trb.divergence = _absolute(trb.policy), _absolute(trb.divergence)
+        run_dir = trb.run_dir or f"runs/{_run_name(recipe, method, trb.policy, overrides, hydra_config.mode)}"
         config.trb.run_dir = str(Path(run_dir).expanduser().absolute())
         if config.trainer.experiment_name is None:
             config.trainer.experiment_name = Path(run_dir).name

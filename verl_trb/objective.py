@@ -61,7 +61,7 @@ def step_objective(trb: Any, step: int) -> Objective:
     params = divergence.defaults | {
         name: value_at(value, step) for name, value in _plain(trb.divergence_params).items()
     }
-    return Objective(divergence.name, trb.loss, params, *weights)
+    return Objective(trb.divergence, trb.loss, params, *weights)  # with its file, which the workers run too
 
 
 def objective_metrics(objective: Objective) -> dict[str, float]:

@@ -21,6 +21,7 @@ from verl_trb.rollout.engine_args import ENGINE_ENVIRONMENT, blended_engine_args
 from verl_trb.rollout.generation import Answer, generate_blended
 from verl_trb.rollout.request import PARAMS, POLICY, ROLLOUT_NAME, BlendedRequest
 from verl_trb.rollout.statistics import merge
+from verl_trb.rollout.weight_socket import name_socket
 from verl_trb.vocabulary import from_tokenizers
 
 
@@ -35,6 +36,7 @@ class BlendedHttpServer(vLLMHttpServer):
         self.teacher_skipped, self.in_flight = False, 0
         self.gate = asyncio.Condition()
         super().__init__(config, *args, **kwargs)
+        name_socket()
 
     def _init_model_config(self, model_config: Any) -> Any:
         """The engine's model is the teacher; the student's own config and tokenizer are kept beside it."""
@@ -172,8 +174,8 @@ class BlendedReplica(vLLMReplica):
 def register_rollout() -> None:
     """Make `actor_rollout_ref.rollout.name=trb` known to verl in this process."""
     RolloutReplicaRegistry.register(ROLLOUT_NAME, lambda: BlendedReplica)
-    # verl keeps the worker-side adapters in a plain dict; its own vLLM adapter serves us unchanged.
-    _ROLLOUT_REGISTRY[(ROLLOUT_NAME, "async")] = "verl.workers.rollout.vllm_rollout.ServerAdapter"
+    # verl keeps the worker-side adapters in a plain dict.
+    _ROLLOUT_REGISTRY[(ROLLOUT_NAME, "async")] = "verl_trb.rollout.weight_socket.RolloutAdapter"
 
 
 register_rollout()

@@ -31,5 +31,4 @@ class RolloutAdapter(ServerAdapter):
         super().__init__(*args, **kwargs)
         context = ray.get_runtime_context()
         job = context.get_job_id()
-        socket: str = self.zmq_handle
-        self.zmq_handle = socket.replace(job, own_name(job, context.gcs_address), 1)
+        self.zmq_handle: str = self.zmq_handle.replace(job, own_name(job, context.gcs_address), 1)

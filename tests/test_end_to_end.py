@@ -231,11 +231,12 @@ def test_exported_student_loads_in_transformers_and_plain_vllm(runs):
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["topk", "sampled"])
 def test_other_losses_train(tmp_path, cache, loss):
+    """The reverse KL falls between steps whose prefixes are all the student's own: guided ones have less of it."""
     run_dir = tmp_path / "run"
-    process = start(run_dir, cache, f"trb.loss={loss}", "trainer.total_training_steps=12", "trb.warmup_steps=6")
+    process = start(run_dir, cache, f"trb.loss={loss}", "trainer.total_training_steps=20", "trb.warmup_steps=6")
     assert process.wait(timeout=2 * TIMEOUT) == 0, printed(run_dir)
-    metrics = read_metrics(run_dir)
-    assert metrics[-1]["trb/reverse_kl"] < metrics[1]["trb/reverse_kl"]
+    reverse_kl = [line["trb/reverse_kl"] for line in read_metrics(run_dir)[1:]]
+    assert sum(reverse_kl[-3:]) < sum(reverse_kl[6:9])
     shutil.rmtree(run_dir)
 
 

@@ -23,8 +23,6 @@ that is infinite (mass of one where the other has none) has the value inf.
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -34,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from verl_trb.parameters import Parameter, run_file
+from verl_trb.parameters import Parameter, find, parameters_of
 
 FULL, TOPK, SAMPLED = "full", "topk", "sampled"
 
@@ -130,10 +128,8 @@ def register_divergence(
     def register(rule: Rule) -> Rule:
         if name in _DIVERGENCES:
             raise ValueError(f"The divergence {name!r} is registered already; choose another name.")
-        keywords = [p for p in inspect.signature(rule).parameters.values() if p.kind is p.KEYWORD_ONLY]
         rules = dict.fromkeys(modes, rule) | ({TOPK: topk} if topk else {})
-        parameters = {p.name: ranges.get(p.name, Parameter()) for p in keywords}
-        defaults = {p.name: p.default for p in keywords if p.default is not p.empty}
+        parameters, defaults = parameters_of(rule, ranges)
         _DIVERGENCES[name] = Divergence(name, rules, parameters, defaults, needs)
         return rule
 
@@ -145,16 +141,7 @@ def get_divergence(name: str) -> Divergence:
 
     Raises ValueError, with the names that come near, if there is none, or if the file cannot be run.
     """
-    file, _, name = str(name).rpartition(":")
-    if file:
-        run_file(file)
-    if name not in _DIVERGENCES:
-        near = difflib.get_close_matches(name, _DIVERGENCES, n=3)
-        hint = (
-            f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(divergence_names())}."
-        )
-        raise ValueError(f"There is no divergence {name!r}; {hint}")
-    return _DIVERGENCES[name]
+    return find(_DIVERGENCES, "divergence", name)
 
 
 def divergence_names() -> list[str]:

@@ -1,4 +1,5 @@
-"""Numbers that a policy or a loss takes from the configuration: their ranges, and their values at a training step.
+"""Numbers that a policy or a loss takes from the configuration: their ranges, and their values at a training step;
+and how either is found by its name.
 
 A value is a number or a schedule, a list of [step, value] points with steps counted from 1 (schedules.py), so it is
 a pure function of the step. Imports neither torch nor verl.
@@ -6,13 +7,18 @@ a pure function of the step. Imports neither torch nor verl.
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
 import runpy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from verl_trb.schedules import piecewise_linear
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,32 @@ def describe(value: float | list[list[float]]) -> str:
     if isinstance(value, list):
         return " → ".join(f"{v:g} at step {s:g}" for s, v in value)
     return f"{value:g}"
+
+
+def parameters_of(
+    rule: Callable[..., Any], ranges: Mapping[str, Parameter]
+) -> tuple[dict[str, Parameter], dict[str, float]]:
+    """The parameters of a policy or a loss, its keyword-only arguments, with the ranges given for them; and the
+    defaults of those that have one.
+    """
+    keywords = [p for p in inspect.signature(rule).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    parameters = {p.name: ranges.get(p.name, Parameter()) for p in keywords}
+    return parameters, {p.name: p.default for p in keywords if p.default is not p.empty}
+
+
+def find(registry: Mapping[str, T], kind: str, name: str) -> T:
+    """The entry of that name, or after running a file of the user's: FILE.py:NAME.
+
+    Raises ValueError, with the names that come near, if there is none, or if the file cannot be run.
+    """
+    file, _, name = str(name).rpartition(":")
+    if file:
+        run_file(file)
+    if name not in registry:
+        near = difflib.get_close_matches(name, registry, n=3)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(sorted(registry))}."
+        raise ValueError(f"There is no {kind} {name!r}; {hint}")
+    return registry[name]
 
 
 @cache

@@ -14,8 +14,6 @@ masked are -inf in both models. Shapes: N prefixes, V vocabulary.
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from verl_trb.parameters import Parameter, run_file
+from verl_trb.parameters import Parameter, find, parameters_of
 from verl_trb.trust_region import Blend, blend
 from verl_trb.vocabulary import SharedVocabulary, canonicalize
 
@@ -77,9 +75,7 @@ def register_policy(
     def register(rule: Callable[..., Blend]) -> Callable[..., Blend]:
         if name in _POLICIES:
             raise ValueError(f"The rollout policy {name!r} is registered already; choose another name.")
-        keywords = [p for p in inspect.signature(rule).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        parameters = {p.name: ranges.get(p.name, Parameter()) for p in keywords}
-        defaults = {p.name: p.default for p in keywords if p.default is not p.empty}
+        parameters, defaults = parameters_of(rule, ranges)
         kinds = (needs_teacher, warmup, marks_corrections, weightable)
         _POLICIES[name] = Policy(name, rule, parameters, defaults, *kinds)
         return rule
@@ -92,14 +88,7 @@ def get_policy(name: str) -> Policy:
 
     Raises ValueError, with the names that come near, if there is none, or if the file cannot be run.
     """
-    file, _, name = str(name).rpartition(":")
-    if file:
-        run_file(file)
-    if name not in _POLICIES:
-        near = difflib.get_close_matches(name, _POLICIES, n=3)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {policy_names()}."
-        raise ValueError(f"There is no rollout policy {name!r}; {hint}")
-    return _POLICIES[name]
+    return find(_POLICIES, "rollout policy", name)
 
 
 def policy_names() -> list[str]:

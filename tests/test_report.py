@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from verl_trb import report
-from verl_trb.report import COLORS, Point, draw_report, main, read_metrics, run_label, summary, warmup_end
+from verl_trb.report import COLORS, Point, draw_report, guidance_end, guided, main, read_metrics, run_label, summary
 
 SIZE = (1600, 2400)
 
@@ -120,11 +120,17 @@ def test_summary_of_what_was_not_recorded_is_none() -> None:
     assert {value for name, value in vars(got).items() if name != "steps"} == {None}
 
 
+def test_policies_without_epsilon_guide_until_it_is_said_to_be_zero() -> None:
+    rows = [{key: v for key, v in row.items() if key != "trb/epsilon" or v == 0} for row in trb_rows(warmup=8)]
+    assert [row["step"] for row in guided(rows)] == [1, 2, 3, 4, 5, 6, 7] and guidance_end(rows) == 8
+    assert guidance_end(rows[:6]) is None and guided(student_rows()) == []
+
+
 def test_the_warmup_ends_at_the_first_step_without_a_trust_region() -> None:
-    assert warmup_end(trb_rows(warmup=8)) == 8
-    assert warmup_end(trb_rows(steps=12, warmup=40)) is None
-    assert warmup_end(student_rows()) is None
-    assert warmup_end([{"step": 1, "trb/epsilon": 0.0}, {"step": 2, "trb/epsilon": 0.0}]) is None
+    assert guidance_end(trb_rows(warmup=8)) == 8
+    assert guidance_end(trb_rows(steps=12, warmup=40)) is None
+    assert guidance_end(student_rows()) is None
+    assert guidance_end([{"step": 1, "trb/epsilon": 0.0}, {"step": 2, "trb/epsilon": 0.0}]) is None
 
 
 @pytest.mark.parametrize(

@@ -101,15 +101,19 @@ def points(metrics: Metrics, key: str) -> list[Point]:
     return [Point(int(s), float(v)) for s, v in values if isinstance(v, int | float) and math.isfinite(v)]
 
 
-def warmup(metrics: Metrics) -> Metrics:
-    """The steps with a trust region (ε > 0), in which the teacher verifies the student's drafts."""
-    blended = {p.step for p in points(metrics, "trb/epsilon") if p.value > 0}
-    return [row for row in metrics if row["step"] in blended]
+def guided(metrics: Metrics) -> Metrics:
+    """The steps in which the teacher verifies the student's drafts: their ε is not 0, or the policy has none."""
+    return [row for row in metrics if "trb/acceptance" in row and row.get("trb/epsilon") != 0]
 
 
-def warmup_end(metrics: Metrics) -> int | None:
-    """The first step with ε = 0 after steps with ε > 0: from here on the student samples alone."""
-    last = max((row["step"] for row in warmup(metrics)), default=None)
+def bounded(metrics: Metrics) -> bool:
+    """Whether a trust region (ε > 0) bounds the rollouts of some step."""
+    return any(p.value > 0 for p in points(metrics, "trb/epsilon"))
+
+
+def guidance_end(metrics: Metrics) -> int | None:
+    """The first step with ε = 0 after guided ones: from here on the student samples alone."""
+    last = max((row["step"] for row in guided(metrics)), default=None)
     return next((p.step for p in points(metrics, "trb/epsilon") if last is not None and p.step > last), None)
 
 
@@ -122,7 +126,7 @@ def summary(metrics: Metrics) -> Summary:
             (metrics, "timing_s/step"),
             (metrics, "timing_s/testing"),
             (metrics, "perf/total_num_tokens"),
-            (warmup(metrics), "trb/acceptance"),
+            (guided(metrics), "trb/acceptance"),
         )
     )
     return Summary(
@@ -170,7 +174,7 @@ def draw_report(run_dirs: Sequence[Path], out: Path) -> None:
         figure.subplots_adjust(left=0.065, right=0.94, top=top, bottom=0.07, wspace=0.27, hspace=0.5)
         for panel, draw in zip(panels, (_accuracy, _trust_region, _speculation, _loss), strict=True):
             draw(panel, runs)
-        title = "Trust-region behavior blending" if any(map(warmup, runs)) else "On-policy distillation"
+        title = "Trust-region behavior blending" if any(map(bounded, runs)) else "On-policy distillation"
         figure.text(0.065, 0.962, title, fontsize=17, fontweight="bold", va="center")
         handles = [Line2D([], [], color=_color(i), linewidth=3.5) for i in range(len(runs))]
         figure.legend(handles, names, loc="upper left", bbox_to_anchor=(0.058, 0.94), ncols=columns,
@@ -194,7 +198,7 @@ def _accuracy(panel: Axes, runs: Sequence[Metrics]) -> None:
 
 
 def _trust_region(panel: Axes, runs: Sequence[Metrics]) -> None:
-    blended = [i for i, run in enumerate(runs) if warmup(run)]
+    blended = [i for i, run in enumerate(runs) if bounded(run)]
     if blended:
         right = _second_axis(panel, "β")
         right.set_ylim(0, 1.05)
@@ -209,23 +213,23 @@ def _trust_region(panel: Axes, runs: Sequence[Metrics]) -> None:
     panel.set_ylim(bottom=0)
     panel.set_ylabel("nats per token")
     key = {"budget ε": DASHED, "KL(μ‖$π_S$), mean to max": MAIN, "mean β (right)": DOTTED} if blended else {}
-    _finish(panel, runs, "Trust region", key, warmup_only=True)
+    _finish(panel, runs, "Trust region", key, guided_only=True)
 
 
 def _speculation(panel: Axes, runs: Sequence[Metrics]) -> None:
     # Only while ε > 0: later the teacher verifies nothing, and that every draft survives says nothing.
-    verified = any(points(warmup(run), "trb/acceptance") for run in runs)
+    verified = any(points(guided(run), "trb/acceptance") for run in runs)
     if verified:
         right = _second_axis(panel, "tokens per teacher pass")
         for i, run in enumerate(runs):
-            _line(panel, i, points(warmup(run), "trb/acceptance"), MAIN)
-            _line(right, i, points(warmup(run), "trb/tokens_per_teacher_pass"), DOTTED)
+            _line(panel, i, points(guided(run), "trb/acceptance"), MAIN)
+            _line(right, i, points(guided(run), "trb/tokens_per_teacher_pass"), DOTTED)
         panel.set_ylim(top=1)
         right.set_ylim(0, 1.2 * right.get_ylim()[1])
         panel.yaxis.set_major_formatter(_percent)
     panel.set_ylabel("accepted drafts")
     key = {"acceptance": MAIN, "tokens per teacher pass (right)": DOTTED} if verified else {}
-    _finish(panel, runs, "Speculative rollouts", key, warmup_only=True)
+    _finish(panel, runs, "Speculative rollouts", key, guided_only=True)
 
 
 def _loss(panel: Axes, runs: Sequence[Metrics]) -> None:
@@ -271,18 +275,18 @@ def _second_axis(panel: Axes, name: str) -> Axes:
     return right
 
 
-def _finish(panel: Axes, runs: Sequence[Metrics], title: str, key: dict[str, Any], warmup_only: bool = False) -> None:
+def _finish(panel: Axes, runs: Sequence[Metrics], title: str, key: dict[str, Any], guided_only: bool = False) -> None:
     """Title, x axis, the ends of the warm-ups, and a key to the kinds of line (the colours are the runs)."""
     panel.set_title(title)
     panel.set_xlabel("step")
     panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
-    ends = [(i, end) for i, run in enumerate(runs) if (end := warmup_end(run)) is not None]
+    ends = [(i, end) for i, run in enumerate(runs) if (end := guidance_end(run)) is not None]
     last: float = max(1, *(run[-1]["step"] for run in runs))
-    if warmup_only and ends and len(ends) == sum(map(bool, map(warmup, runs))):
+    if guided_only and ends and len(ends) == sum(map(bool, map(guided, runs))):
         last = min(last, 1.35 * max(end for _, end in ends))  # nothing happens here later
     panel.set_xlim(-0.02 * last, 1.02 * last)
     if not key:
-        text = "no trust region: the student samples alone" if warmup_only else "nothing recorded"
+        text = f"no {title.lower()}" if guided_only else "nothing recorded"
         panel.text(0.5, 0.5, text, transform=panel.transAxes, ha="center", va="center", color=FAINT)
         panel.set_yticks([])
         panel.set_ylabel("")

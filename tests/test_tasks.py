@@ -1,6 +1,7 @@
 """The table walk: its tokenizer, ground truth, reward and data; and `prepare`, which makes and caches them."""
 
 import random
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -167,9 +168,10 @@ def test_splits_are_disjoint_and_in_verls_format() -> None:
     assert not train_prompts & val_prompts
     for split, name in ((train, "train"), (val, "val")):
         assert [row["extra_info"] for row in split] == [{"index": i, "split": name} for i in range(len(split))]
-        assert {row["data_source"] for row in split} == {"table_walk"}
         assert all(row["prompt"][0]["role"] == "user" and len(row["prompt"]) == 1 for row in split)
         assert all(row["reward_model"]["ground_truth"] == walk(row["prompt"][0]["content"]) for row in split)
+    assert Counter(row["data_source"] for row in train) == {"table_walk": 8192}
+    assert Counter(row["data_source"] for row in val) == {"table_walk": 256, "table_walk_selection": 256}
 
 
 def test_files_hold_the_rows(tiny: Prepared) -> None:

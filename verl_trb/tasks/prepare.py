@@ -20,7 +20,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-RECIPE_VERSION = 1  # raise it when the code that makes a folder changes what it makes
+RECIPE_VERSION = 2  # raise it when the code that makes a folder changes what it makes
 
 Progress = Callable[[str], None]
 

@@ -20,6 +20,7 @@ STEPS = 12
 PROMPT_LENGTH = 1 + STEPS + 1
 RESPONSE_LENGTH = 2 * STEPS + 1
 DATA_SOURCE = "table_walk"
+SELECTION_SOURCE = "table_walk_selection"
 
 
 def _permutations(seed: int = 20260529) -> dict[str, str]:
@@ -62,7 +63,10 @@ def compute_score(
 
 
 def make_rows(num_train: int, num_val: int, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of verl's train and validation files; no prompt occurs twice in either, or in both."""
+    """Rows of verl's train and validation files; no prompt occurs twice in either, or in both.
+
+    Every second validation row is of source SELECTION_SOURCE: settings are chosen on those and reported on the others.
+    """
     rng = random.Random(seed)
     prompts: dict[str, None] = {}  # an ordered set
     while len(prompts) < num_train + num_val:
@@ -74,7 +78,7 @@ def make_rows(num_train: int, num_val: int, seed: int) -> tuple[list[dict[str, A
 def _rows(prompts: list[str], split: str) -> list[dict[str, Any]]:
     return [
         {
-            "data_source": DATA_SOURCE,
+            "data_source": SELECTION_SOURCE if split == "val" and index % 2 else DATA_SOURCE,
             "prompt": [{"role": "user", "content": prompt}],
             "ability": "table_walk",
             "reward_model": {"style": "rule", "ground_truth": solve(prompt)},

@@ -139,9 +139,15 @@ class DistillationTrainer(PPOTrainerSync):
             metrics = super()._validate()
         finally:
             self._take_failures(rollouts)  # says why, where verl has no answers to average
-        core = [value for name, value in metrics.items() if name.startswith("val-core/") and "/mean@" in name]
+        core = {  # by source: val-core/SOURCE/acc/mean@1
+            name.removeprefix("val-core/").rsplit("/", 2)[0]: value
+            for name, value in metrics.items()
+            if name.startswith("val-core/") and "/mean@" in name
+        }
         if core:
-            metrics["val/accuracy"] = float(np.mean(core))
+            metrics["val/accuracy"] = float(np.mean(list(core.values())))
+        if len(core) > 1:
+            metrics.update({f"val/{source}": float(value) for source, value in core.items()})
         if not hasattr(self, "timing_raw"):  # validation before the first step
             self._record({**metrics, "timing_s/testing": time.perf_counter() - started}, self.global_steps)
         return metrics

@@ -187,7 +187,14 @@ def test_run_folder_is_complete(runs):
     for name in ("config.yaml", "metrics.jsonl", "report.png", "student/config.json", "logs/driver.log"):
         assert (run_dir / name).stat().st_size > 0
     last = runs["metrics"][-1]
-    for name in ("val/accuracy", "val/table_walk_selection", "trb/reverse_kl", "trb/teacher_entropy", "timing_s/step", "timing_s/teacher"):
+    for name in (
+        "val/accuracy",
+        "val/table_walk_selection",
+        "trb/reverse_kl",
+        "trb/teacher_entropy",
+        "timing_s/step",
+        "timing_s/teacher",
+    ):
         assert name in last
     screen = printed(run_dir)
     assert "Results" in screen and "Traceback" not in screen and "WARNING" not in screen

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from verl_trb.compare import main
+from verl_trb.compare import _seeds, main
 
 ARMS = [
     "recipe=quickstart",
@@ -87,3 +87,8 @@ def test_other_overrides_do_not_mix_with_a_comparison(out: Path, capsys) -> None
     other = ["recipe=quickstart", "--arm", "vanilla", "trb.policy=teacher", "--out", str(out)]
     assert main(other) == 2
     assert "other overrides" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "seeds"), [("3", [0, 1, 2]), ("3,", [3]), ("0,", [0]), ("7,3", [7, 3])])
+def test_seeds_are_a_number_or_a_list(text: str, seeds: list[int]) -> None:
+    assert _seeds(text) == seeds

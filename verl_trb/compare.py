@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar=("NAME", "OVERRIDE"),
         help="a method; the first is the baseline",
     )
-    parser.add_argument("--seeds", default="1", help="a number of seeds, or a list such as 3,4,5")
+    parser.add_argument("--seeds", default="1", help="a number of seeds, or a list such as 3,4,5 or 3,")
     parser.add_argument("--out", type=Path, help="folder of the comparison; default runs/compare-RECIPE")
     parser.add_argument("--metric", default="val/accuracy", help="what is compared; default val/accuracy")
     parser.add_argument(
@@ -205,9 +205,9 @@ def _plan(args: argparse.Namespace) -> tuple[Path, dict[str, list[str]]]:
 
 def _seeds(text: str) -> list[int]:
     try:
-        numbers = [int(part) for part in text.split(",")]
+        numbers = [int(part) for part in text.removesuffix(",").split(",")]
     except ValueError:
-        raise UserError(f"--seeds takes a number or a list such as 3,4,5, got {text!r}.") from None
+        raise UserError(f"--seeds takes a number or a list such as 3,4,5 (3, for one), got {text!r}.") from None
     if len(numbers) == 1 and "," not in text:
         numbers = list(range(numbers[0]))
     if not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers):

@@ -4,7 +4,7 @@ PYTHON_VENV := .venv/bin/python
 # One thread a test process: the tests' own processes share the cores.
 TEST := OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest
 
-.PHONY: quickstart setup test test-slow bench lint lock clean
+.PHONY: quickstart setup test test-slow bench lint docs lock clean
 
 quickstart: setup
 	@$(PYTHON_VENV) -m verl_trb.main recipe=quickstart
@@ -27,6 +27,10 @@ lint: setup
 	@$(PYTHON_VENV) -m ruff check .
 	@$(PYTHON_VENV) -m ruff format --check --quiet . || echo "lint: some files are not formatted (ruff format .)"
 	@$(PYTHON_VENV) -m mypy
+
+# The site, build/docs/index.html; any broken link fails.
+docs: setup
+	@$(PYTHON_VENV) -m sphinx -W --keep-going -q -E -b html docs build/docs
 
 lock:
 	@python3.11 scripts/lock.py

@@ -38,10 +38,10 @@ HEADER = """\
 
 
 def inputs() -> list[str]:
-    """The requirements to resolve: pyproject.toml's dependencies and its extras `cpu` and `dev`."""
+    """The requirements to resolve: pyproject.toml's dependencies and its extras `cpu`, `docs` and `dev`."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    return [*project["dependencies"], *extras["cpu"], *extras["dev"]]
+    return [*project["dependencies"], *extras["cpu"], *extras["docs"], *extras["dev"]]
 
 
 def resolve(requirements: list[str]) -> dict[str, Any]:

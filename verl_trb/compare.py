@@ -98,7 +98,7 @@ def draw(curves: Curves, rows: Sequence[Row], metric: str, out: Path) -> None:
             right.errorbar(difference.mean, place, xerr=difference.margin, color=color, fmt="o", capsize=4)
         right.axvline(0, color="#6b7280", linewidth=0.9)
         right.set_yticks(range(len(paired)), [row.method for row in paired])
-        right.set_ylim(len(paired) - 0.5, -0.5)
+        right.set_ylim(max(len(paired), 1) - 0.5, -0.5)
         right.set_title("area under the curve, difference\nfrom the baseline, 95% interval", pad=12)
         figure.savefig(out)
 

@@ -26,6 +26,7 @@ class TeacherConfig:
 
     path: Hugging Face folder or hub name.
     dtype: bfloat16, float16 or float32; null is the rollout engine's for rollouts, the actor's for the loss.
+    offload: keep the training worker's copy on the host between its forward passes.
     """
 
     path: str | None = None
@@ -54,9 +55,10 @@ class TrbConfig:
     divergence_params: its own parameters by name, each a number or a schedule: [step, value] points, steps from 1.
     sft_steps: >= 0; the first so many steps are supervised fine-tuning on the teacher's rollouts.
     data_share: share of the rollouts that are the data's own responses, a number or a schedule in [0, 1]; GKD's
-      1 - lambda. data_response: their column of the data; dots go inward: reward_model.ground_truth.
-    distill_weight, reward_weight: of the divergence and of verl's policy gradient of the reward, >= 0, each a number
-      or a schedule. Without distill_weight the teacher is not read.
+      1 - lambda.
+    data_response: column of the data that has these responses; dots go inward: reward_model.ground_truth.
+    distill_weight: of the divergence, >= 0, a number or a schedule. Where it is 0 the teacher is not read.
+    reward_weight: of verl's policy gradient of the reward, >= 0, a number or a schedule.
     loss_chunk_tokens: tokens whose float32 logits exist at one time, >= 1.
     lr_warmup: shape of the learning rate's rise over actor.optim.lr_warmup_steps, `linear` (verl's) or `cosine`, for
       lr_scheduler_type=constant.
@@ -65,7 +67,8 @@ class TrbConfig:
     cache_dir: folder of what `prepare` makes.
     prefork: start Ray's workers as forks of one process that has imported everything, for recipes on one CPU machine.
     run_dir: folder of this run's results; null is runs/<recipe>[-<policy>].
-    recipe, method: their names, filled in from the command.
+    recipe: its name, filled in from the command.
+    method: its name, filled in from the command.
     """
 
     teacher: TeacherConfig = field(default_factory=TeacherConfig)

@@ -21,12 +21,12 @@ HEAD = """\
 <!-- Made by scripts/config_reference.py from verl_trb/config.py; do not edit. -->
 
 A run is verl's configuration, in which everything can be overridden as usual (`trainer.…`, `actor_rollout_ref.…`,
-`data.…`; the student is `actor_rollout_ref.model.path`), and the keys below. Values are checked, and unknown keys refused
-with the nearest known one, before anything is started. `python -m verl_trb.main recipe=NAME --cfg job` prints a recipe's
-whole configuration, and `dry_run=true` what would run.
+`data.…`; the student is `actor_rollout_ref.model.path`), and the keys below. Values are checked, and unknown keys
+refused with the nearest known one, before anything is started. `python -m verl_trb.main recipe=NAME --cfg job` prints a
+recipe's whole configuration, and `dry_run=true` what would run.
 
-A *schedule* is a list of [step, value] points, the first step being 1: `[[1, 0.8], [16, 1.0]]` is 0.8 in the first step,
-1.0 from step 16 on, and a straight line between.
+A *schedule* is a list of [step, value] points, the first step being 1: `[[1, 0.8], [16, 1.0]]` is 0.8 in the first
+step, 1.0 from step 16 on, and a straight line between.
 """
 
 

@@ -52,7 +52,8 @@ def trust_region(file: Path) -> None:
         curve.plot(betas, (log_mu_BV.exp() * (log_mu_BV - other_V)).sum(-1), color=color, label=label)
     curve.axhline(EPSILON, color="#6b7280", linewidth=0.9, linestyle="--")
     curve.text(0.99, EPSILON * 1.06, "ε", ha="right", color="#6b7280")
-    curve.plot([float(best.beta)], [float(best.kl)], "o", color=BLEND)
+    beta, kl = float(best.beta), float(best.kl)
+    curve.plot([beta], [kl], "o", color=BLEND)
     curve.annotate(
         f"β = {float(best.beta):.2f}", (float(best.beta), float(best.kl)), (8, -14), textcoords="offset points"
     )
@@ -69,14 +70,12 @@ def block(file: Path) -> None:
     panel.set_xlim(0, 11)
     panel.set_ylim(0, 3.3)
     panel.axis("off")
+    kept, rejected, ignored = "#15803d", "#b91c1c", "#9ca3af"
+    verdicts = ["kept", "kept", "rejected", "not looked at"]
     rows = {
         "student drafts": (2.35, ["d₁", "d₂", "d₃", "d₄"], [STUDENT] * 4),
-        "teacher reads, μ at each position": (
-            1.35,
-            ["kept", "kept", "rejected", "not looked at"],
-            ["#15803d"] * 2 + ["#b91c1c", "#9ca3af"],
-        ),
-        "rollout": (0.35, ["d₁", "d₂", "c ~ (μ − π_S)₊", ""], ["#15803d", "#15803d", TEACHER, "#9ca3af"]),
+        "teacher reads, μ at each position": (1.35, verdicts, [kept, kept, rejected, ignored]),
+        "rollout": (0.35, ["d₁", "d₂", "c ~ (μ − π_S)₊", ""], [kept, kept, TEACHER, ignored]),
     }
     panel.text(3.2, 3.1, "prefix", ha="center", color="#6b7280", fontsize=9)
     for label, (height, texts, colors) in rows.items():

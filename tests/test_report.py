@@ -12,8 +12,10 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from verl_trb import report
-from verl_trb.report import COLORS, Point, draw_report, guidance_end, guided, main, read_metrics, run_label, summary
+from verl_trb.report import COLORS, Point, draw_report, points, read_metrics, run_label, summary
+from verl_trb.report.__main__ import main
+from verl_trb.report.metrics import guidance_end, guided
+from verl_trb.report.panels import loss
 
 SIZE = (1600, 2400)
 
@@ -96,7 +98,7 @@ def test_lines_that_are_no_steps_are_skipped(tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_text('\nnull\n[1]\n{"x": 1}\nworker says hello\n{"step": 4, "loss": NaN}\n')
     metrics = read_metrics(run)
     assert [row["step"] for row in metrics] == [4]
-    assert report.points(metrics, "loss") == []
+    assert points(metrics, "loss") == []
 
 
 # The numbers
@@ -189,7 +191,7 @@ def test_a_run_of_one_step_can_be_drawn(tmp_path: Path, rows: list[dict]) -> Non
 
 def drawn_loss(values: list[float]) -> Axes:
     axes = Figure().subplots()
-    report._loss(axes, [[{"step": i, "trb/reverse_kl": value} for i, value in enumerate(values)]])
+    loss(axes, [[{"step": i, "trb/reverse_kl": value} for i, value in enumerate(values)]])
     return axes
 
 
@@ -216,16 +218,17 @@ def test_command_writes_into_the_first_run(tmp_path: Path) -> None:
     first, second = write_run(tmp_path / "a", trb_rows()), write_run(tmp_path / "b", student_rows())
     command = [sys.executable, "-m", "verl_trb.report", str(first), str(second)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True)
-    assert done.stdout.strip() == f"wrote {first / 'report.png'}"
+    written = [first / name for name in ("report.html", "report.png", "report-details.png")]
+    assert done.stdout.strip() == f"wrote {', '.join(map(str, written))}"
     assert done.stderr == ""
-    assert imread(first / "report.png").shape[:2] == SIZE
-    assert not (second / "report.png").exists()
+    assert all(imread(picture).shape[:2] == SIZE for picture in written[1:])
+    assert sorted(path.name for path in second.iterdir()) == ["metrics.jsonl"]
 
 
 def test_command_writes_where_it_is_told(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", trb_rows())
-    assert main([str(run), "--out", str(tmp_path / "b.png")]) == 0
-    assert (tmp_path / "b.png").exists() and not (run / "report.png").exists()
+    assert main([str(run), "--out", str(tmp_path / "new" / "b")]) == 0
+    assert (tmp_path / "new" / "b" / "report.html").exists() and not (run / "report.html").exists()
 
 
 def test_command_errors_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -240,10 +243,10 @@ def test_command_errors_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureF
         ([empty], "empty has no metrics.jsonl: "),
         ([cut], "holds no finished step yet"),
         ([run, tmp_path / "gone"], "gone is not a run folder"),
-        ([run, "--out", file / "report.png"], "file"),
+        ([run, "--out", file / "report"], "file"),
     ):
         assert main([str(argument) for argument in arguments]) == 1
         error = capsys.readouterr().err
         assert error.startswith("error: ") and words in error and error.count("\n") == 1
         assert error.endswith(".\n")
-    assert not list(tmp_path.rglob("*.png"))
+    assert not [*tmp_path.rglob("*.png"), *tmp_path.rglob("*.html")]

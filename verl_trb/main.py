@@ -93,17 +93,19 @@ def run(config: DictConfig) -> int:
 
 
 def results(config: DictConfig, display: Any, finished: bool) -> None:
-    """Draws the picture of what there is, and for a finished run shows the results and where they are."""
-    from verl_trb.report import draw_report, read_metrics, summary
-    from verl_trb.run_folder import METRICS, REPORT, STUDENT, relatives
+    """Writes the report of what there is, and for a finished run shows the results and where they are."""
+    from verl_trb.report import read_metrics, summary
+    from verl_trb.report.page import PAGE, PICTURE, write_report
+    from verl_trb.run_folder import METRICS, STUDENT, relatives
 
     run_dir = Path(config.trb.run_dir)
     if not (run_dir / METRICS).exists():
         return
-    draw_report(relatives(run_dir), run_dir / REPORT)
+    write_report(relatives(run_dir), run_dir)
     if not finished:
         return
-    places = {"picture": run_dir / REPORT, "student": run_dir / STUDENT, "metrics": run_dir / METRICS}
+    files = {"report": PAGE, "picture": PICTURE, "student": STUDENT, "metrics": METRICS}
+    places = {name: run_dir / file for name, file in files.items()}
     vanilla = f"python -m verl_trb.main recipe={config.trb.recipe} method=vanilla"
     display.summary(summary(read_metrics(run_dir)), places, "" if config.trb.policy == "student" else vanilla)
 

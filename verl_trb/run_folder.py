@@ -1,7 +1,8 @@
 """The folder of a run: whether a command continues the run in it, has nothing left to do, or must not touch it.
 
 config.yaml     the resolved configuration       metrics.jsonl   one JSON object a step
-report.png      the picture                      logs/           what every process printed
+samples.jsonl   a few rollouts, token by token   logs/           what every process printed
+report.html     the report, with its pictures    report.png      the picture of the curves
 checkpoints/    verl's, with the optimizer       student/        the trained student, a Hugging Face folder
 """
 
@@ -16,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_trb.errors import UserError
 
-CONFIG, METRICS, REPORT, STUDENT, LOGS = "config.yaml", "metrics.jsonl", "report.png", "student", "logs"
+CONFIG, METRICS, STUDENT, LOGS = "config.yaml", "metrics.jsonl", "student", "logs"
 RELATIVES = 3  # more curves are hard to tell apart
 # May differ between a run and its continuation: how long it goes on, how it is shown, where things stand.
 FREE = ("trainer.total_training_steps", "trainer.total_epochs", "trainer.logger", "trainer.save_freq",

@@ -69,10 +69,10 @@ def toy_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train, val = table_walk.make_rows(64, 8, seed=1)
     write_parquet(folder / "train.parquet", train)
     write_parquet(folder / "val.parquet", val)
-    settings = toy_models.ToySettings()
     torch.manual_seed(0)
     for name in ("student", "teacher"):
-        toy_models.save(toy_models.make_model(getattr(settings, name)), folder / name)
+        model = toy_models.make_model(getattr(table_walk.SETTINGS, name), table_walk)
+        toy_models.save(model, table_walk, folder / name)
     return folder
 
 

@@ -1,4 +1,7 @@
-"""The table walk: its tokenizer, ground truth, reward and data; and `prepare`, which makes and caches them."""
+"""The table walk: its tokenizer, ground truth, reward and data; and `prepare`, which makes and caches them.
+
+The other toy task is in test_guess_work_check.py.
+"""
 
 import random
 from collections import Counter
@@ -14,14 +17,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from verl_trb.tasks import table_walk
 from verl_trb.tasks.prepare import TASKS, Prepared, prepare
-from verl_trb.tasks.toy_models import VOCABULARY, Sft, ToySettings, make_target, make_tokenizer
+from verl_trb.tasks.table_walk import Defects, make_target
+from verl_trb.tasks.toy import Sft
+from verl_trb.tasks.toy_models import make_tokenizer, vocabulary
 
-TINY = ToySettings(
-    teacher_sft=Sft(steps=2, lr=1e-3, batch_size=4),
-    student_sft=Sft(steps=2, lr=1e-3, batch_size=4, babble=0.12),
+TINY = replace(
+    table_walk.SETTINGS,
+    teacher_sft=Sft(steps=2, lr=1e-3, defects=Defects(), batch_size=4),
+    student_sft=Sft(steps=2, lr=1e-3, defects=Defects(junk=0.12), batch_size=4),
     num_train=64,
     num_val=16,
 )
+VOCABULARY = vocabulary(table_walk)
 
 
 @pytest.fixture(scope="module")
@@ -92,19 +99,20 @@ def test_reward_is_exact_match() -> None:
         assert score(malformed) == 0.0, malformed
 
 
-def test_babble_keeps_a_correct_beginning_and_the_length() -> None:
+def test_junk_keeps_a_correct_beginning_and_the_length() -> None:
     rng = random.Random(0)
-    n, babble, clean = 4000, 0.12, 0
+    n, junk, clean = 4000, 0.12, 0
     for _ in range(n):
         prompt = table_walk.random_prompt(rng)
-        target, truth = make_target(prompt, babble, rng), walk(prompt) + "."
+        target, truth = make_target(prompt, Defects(junk), rng).text, walk(prompt) + "."
         assert len(target) == table_walk.RESPONSE_LENGTH and target.index(".") == len(target) - 1
         assert target[:2] == truth[:2]
         clean += target == truth
-    share = (1 - babble) ** 11
+    share = (1 - junk) ** 11
     sd = (share * (1 - share) / n) ** 0.5
     assert abs(clean / n - share) < 4.5 * sd  # seed fixed; error rate 7e-6
-    assert make_target("9EFAHDACBFHDG=", 0.0, rng) == walk("9EFAHDACBFHDG=") + "."
+    target = make_target("9EFAHDACBFHDG=", Defects(), rng)
+    assert target.text == walk("9EFAHDACBFHDG=") + "." and target.weights == [1.0] * 25
 
 
 # --- tokenizer and models ---------------------------------------------------------------------------------------
@@ -145,7 +153,7 @@ def test_a_right_response_is_scored_as_verl_decodes_it(tiny: Prepared) -> None:
 
 def test_an_unknown_character_is_refused() -> None:
     with pytest.raises(Exception, match="(?i)unk"):
-        make_tokenizer()("9Z=")
+        make_tokenizer(table_walk)("9Z=")
 
 
 def test_student_and_teacher_differ_in_depth_width_and_heads(tiny: Prepared) -> None:
@@ -191,6 +199,8 @@ def test_two_preparations_are_identical_and_a_seed_matters(tiny: Prepared, tmp_p
     assert tiny.train_file.read_bytes() == again.train_file.read_bytes()
     other = prepare("table_walk", tmp_path, settings=replace(TINY, student_sft=replace(TINY.student_sft, seed=5)))
     assert other.student.parent != again.student.parent
+    for key in ("teacher/model.norm.weight", "teacher/model.embed_tokens.weight"):
+        assert torch.equal(weights(other)[key], second[key]), "one teacher for every seed"
     key = "student/model.norm.weight"
     assert not torch.equal(weights(other)[key], second[key])
 
@@ -209,7 +219,8 @@ def test_an_interrupted_preparation_leaves_nothing(tmp_path: Path, interruption:
 
     with pytest.raises(interruption):
         prepare("table_walk", tmp_path, interrupt, settings=TINY)
-    assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
+    (teacher,) = [path for path in tmp_path.iterdir() if path.is_dir()]  # complete, and shared by all seeds
+    assert teacher.name.startswith("table_walk-teacher-") and not teacher.name.endswith(".partial")
     assert prepare("table_walk", tmp_path, settings=TINY).student.is_dir()
 
 

@@ -4,14 +4,13 @@
     python -m verl_trb.compare --out runs/compare-quickstart     # the table and the picture of what is there
 
 An arm is a name and the overrides that make it; overrides before the first arm hold for all. The first arm is the
-baseline. Each run is the ordinary command in a folder OUT/ARM/seed-N: a comparison that was stopped goes on where it
+baseline. Each run is the ordinary one, in a folder OUT/ARM/seed-N: a comparison that was stopped goes on where it
 was, and finished runs are not repeated. Arms named FAMILY/SETTING are settings of one method; --select keeps the best
 of each family by one metric and reports another.
 """
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from verl_trb.display import duration
 from verl_trb.errors import UserError
 from verl_trb.report import COLORS, points, read_metrics
 from verl_trb.run_folder import STUDENT
+from verl_trb.session import run, session
 
 Curves = dict[str, dict[int, Curve]]
 
@@ -29,26 +29,33 @@ Curves = dict[str, dict[int, Curve]]
 def run_arms(arms: dict[str, list[str]], common: list[str], seeds: Sequence[int], out: Path) -> list[str]:
     """Makes every run that is not finished, a seed of all arms at a time. Returns the names of those that failed."""
     runs = [(arm, seed) for seed in seeds for arm in arms]
+    todo = [run for run in runs if not _finished(_folder(out, *run))]
+    if len(todo) < len(runs):
+        print(f"{len(runs) - len(todo)} of {len(runs)} runs are finished", flush=True)
+    if not todo:
+        return []
     failed, started = [], time.monotonic()
-    for number, (arm, seed) in enumerate(runs, start=1):
-        folder = out / arm / f"seed-{seed}"
-        name = f"[{number}/{len(runs)}] {arm}, seed {seed}"
-        if (folder / STUDENT / "config.json").exists():
-            print(f"{name}: finished before", flush=True)
-            continue
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "verl_trb.main", *common, *arms[arm], f"trb.seed={seed}"]
-        with (folder.parent / f"seed-{seed}.log").open("w") as screen:
-            code = subprocess.run(
-                [*command, f"trb.run_dir={folder}"], stdout=screen, stderr=subprocess.STDOUT
-            ).returncode
-        print(f"{name}: {'done' if code == 0 else f'FAILED, see {screen.name}'}"
-              f"   {duration(time.monotonic() - started)} so far", flush=True)  # fmt: skip
-        if code == 130:
-            raise KeyboardInterrupt
-        if code:
-            failed.append(f"{arm}, seed {seed}")
+    with session([*common, *arms[todo[0][0]]], out / "template.log"):
+        for number, (arm, seed) in enumerate(todo, start=1):
+            folder = _folder(out, arm, seed)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            screen = folder.with_name(f"{folder.name}.log")
+            code = run([*common, *arms[arm], f"trb.seed={seed}", f"trb.run_dir={folder}"], screen)
+            print(f"[{number}/{len(todo)}] {arm}, seed {seed}: {'done' if code == 0 else f'FAILED, see {screen}'}"
+                  f"   {duration(time.monotonic() - started)} so far", flush=True)  # fmt: skip
+            if code == 130:
+                raise KeyboardInterrupt
+            if code:
+                failed.append(f"{arm}, seed {seed}")
     return failed
+
+
+def _folder(out: Path, arm: str, seed: int) -> Path:
+    return out / arm / f"seed-{seed}"
+
+
+def _finished(folder: Path) -> bool:
+    return (folder / STUDENT / "config.json").exists()
 
 
 def read_curves(out: Path, arms: Sequence[str], metric: str) -> Curves:
@@ -56,7 +63,7 @@ def read_curves(out: Path, arms: Sequence[str], metric: str) -> Curves:
     curves: Curves = {arm: {} for arm in arms}
     for arm in arms:
         for folder in sorted((out / arm).glob("seed-*")):
-            if not (folder / STUDENT / "config.json").exists():
+            if not _finished(folder):
                 continue
             metrics = read_metrics(folder)
             curve = {point.step: point.value for point in points(metrics, metric)}

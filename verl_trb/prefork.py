@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 
 SOCKET = "template.sock"
+SHARED = "VERL_TRB_TEMPLATE"  # environment variable: environment and py_executable of a template that stands
 # What verl and vLLM import, but neither Ray nor verl themselves: they read their environment when imported.
 MODULES = (
     "torch",
@@ -40,12 +41,27 @@ MODULES = (
 
 
 @contextlib.contextmanager
+def shared_template(environment: Mapping[str, str], log: str) -> Iterator[None]:
+    """Inside, `template` yields one template with this environment, in this process and in those it starts."""
+    with template(environment, log) as py_executable:
+        os.environ[SHARED] = json.dumps([dict(environment), py_executable])
+        try:
+            yield
+        finally:
+            del os.environ[SHARED]
+
+
+@contextlib.contextmanager
 def template(environment: Mapping[str, str], log: str) -> Iterator[str]:
     """Starts a template process, and yields the `py_executable` for Ray's runtime environment.
 
     environment: variables that the workers will have beside this process's; some are read by imports.
     log: file for what the template itself prints.
     """
+    shared = json.loads(os.environ.get(SHARED, "[null, null]"))
+    if shared[0] == dict(environment):
+        yield shared[1]
+        return
     with tempfile.TemporaryDirectory(prefix="verl_trb-") as folder:  # for this user only: so is the socket
         path = os.path.join(folder, SOCKET)
         with open(log, "ab") as output, socket.socket(socket.AF_UNIX) as listener:

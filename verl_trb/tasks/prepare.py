@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -20,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-RECIPE_VERSION = 2  # raise it when the code that makes a folder changes what it makes
+RECIPE_VERSION = 3  # raise it when the code that makes a folder changes what it makes
 
 Progress = Callable[[str], None]
 
@@ -35,23 +37,36 @@ class Prepared:
     val_file: Path
 
 
-def _make_table_walk(folder: Path, settings: Any, progress: Progress) -> None:
-    from verl_trb.tasks import table_walk, toy_models
+def _toy(name: str) -> tuple[Callable[[int], Any], Callable[[Path, Any, Progress], None]]:
+    """Settings and maker of a toy task, the module `name`."""
 
-    train, val = table_walk.make_rows(settings.num_train, settings.num_val, settings.data_seed)
-    write_parquet(folder / "train.parquet", train)
-    write_parquet(folder / "val.parquet", val)
-    val_prompts = [row["prompt"][0]["content"] for row in val]
-    accuracies = toy_models.make_pair(folder, settings, val_prompts, progress)
-    (folder / "accuracy.json").write_text(json.dumps(accuracies) + "\n")
+    def settings_of(seed: int) -> Any:
+        settings = importlib.import_module(f"verl_trb.tasks.{name}").SETTINGS  # every seed has the same teacher
+        student_sft = dataclasses.replace(settings.student_sft, seed=settings.student_sft.seed + seed)
+        return dataclasses.replace(settings, student_sft=student_sft, data_seed=seed)
 
+    def make(folder: Path, settings: Any, progress: Progress) -> None:
+        from verl_trb.tasks import toy_models
 
-def _table_walk_settings(seed: int) -> Any:
-    from verl_trb.tasks.toy_models import ToySettings
+        task = importlib.import_module(f"verl_trb.tasks.{name}")
+        train, val = task.make_rows(settings.num_train, settings.num_val, settings.data_seed)
+        write_parquet(folder / "train.parquet", train)
+        write_parquet(folder / "val.parquet", val)
+        shape, sft = settings.teacher, settings.teacher_sft
+        teacher = _folder(folder.parent, f"{name}-teacher", [shape, sft])
+        if not teacher.exists():
+            train_teacher = functools.partial(toy_models.make_trained, task, shape, sft, "teacher", progress)
+            _make_once(teacher, train_teacher, progress)
+        shutil.copytree(teacher, folder / "teacher")
+        shape, sft = settings.student, settings.student_sft
+        toy_models.make_trained(task, shape, sft, "student", progress, folder / "student")
+        accuracy = {
+            which: toy_models.report_accuracy(folder / which, task, val, which, progress)
+            for which in ("teacher", "student")
+        }
+        (folder / "accuracy.json").write_text(json.dumps(accuracy, indent=1) + "\n")
 
-    settings = ToySettings()  # every seed has the same teacher
-    student_sft = dataclasses.replace(settings.student_sft, seed=settings.student_sft.seed + seed)
-    return dataclasses.replace(settings, student_sft=student_sft, data_seed=seed)
+    return settings_of, make
 
 
 def _make_smollm2(folder: Path, settings: Any, progress: Progress) -> None:
@@ -71,7 +86,8 @@ def _smollm2_settings(seed: int) -> Any:
 
 # name -> (settings of a seed, maker); both import torch and transformers only when called
 TASKS: dict[str, tuple[Callable[[int], Any], Callable[[Path, Any, Progress], None]]] = {
-    "table_walk": (_table_walk_settings, _make_table_walk),
+    "table_walk": _toy("table_walk"),
+    "guess_work_check": _toy("guess_work_check"),
     "smollm2_pruned": (_smollm2_settings, _make_smollm2),
 }
 
@@ -90,9 +106,7 @@ def prepare(
         raise ValueError(f"trb.prepare: unknown task {name!r}; did you mean {' or '.join(map(repr, near))}?")
     settings_of, make = TASKS[name]
     settings = settings_of(seed) if settings is None else settings
-    key = json.dumps([RECIPE_VERSION, dataclasses.asdict(settings)], sort_keys=True)
-    cache_dir = Path(cache_dir).expanduser().absolute()
-    folder = cache_dir / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    folder = _folder(Path(cache_dir).expanduser().absolute(), name, [settings])
     if not folder.exists():
         report = progress or (lambda line: None)
         _make_once(folder, lambda partial: make(partial, settings, report), report)
@@ -102,6 +116,12 @@ def prepare(
         train_file=folder / "train.parquet",
         val_file=folder / "val.parquet",
     )
+
+
+def _folder(cache_dir: Path, name: str, settings: list[Any]) -> Path:
+    """The folder of what `settings` (dataclasses) make."""
+    key = json.dumps([RECIPE_VERSION, *map(dataclasses.asdict, settings)], sort_keys=True)
+    return cache_dir / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
 def _make_once(folder: Path, make: Callable[[Path], None], progress: Progress) -> None:

@@ -20,7 +20,13 @@ from verl_trb import composition
 from verl_trb.prefork import shared_template
 
 # What a driver imports, beside the workers' modules.
-DRIVER = ("verl_trb.preflight", "verl_trb.launch", "verl_trb.report", "verl_trb.tasks.prepare", "matplotlib.figure")
+DRIVER = (
+    "verl_trb.preflight",
+    "verl_trb.launch",
+    "verl_trb.report.page",
+    "verl_trb.tasks.prepare",
+    "matplotlib.figure",
+)
 
 
 @contextlib.contextmanager

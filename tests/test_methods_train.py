@@ -65,6 +65,18 @@ def test_rewards_beside_and_instead_of_distillation(tmp_path: Path, cache: Path)
     assert both["timing_s/teacher"] > 0 == reward["timing_s/teacher"] and "trb/reverse_kl" not in reward
 
 
+@pytest.mark.parametrize("estimator", ["rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"])
+def test_verls_other_advantage_estimators_work_in_the_reward_phase(estimator: str, tmp_path: Path, cache: Path):
+    """The first step distills, the others train on the reward alone, and move the student."""
+    weights = ["trb.distill_weight=[[1,1],[2,0]]", "trb.reward_weight=[[1,0],[2,1]]"]
+    settings = [f"algorithm.adv_estimator={estimator}", "actor_rollout_ref.rollout.n=4", "data.train_batch_size=48"]
+    _, *rewarded = train("vanilla", tmp_path, cache, *weights, *settings)
+    for line in rewarded:
+        assert 0 < line["reward/mean"] < 1 and line["timing_s/teacher"] == 0
+        assert 0 < line["actor/grad_norm"] < math.inf
+        assert line["critic/advantages/max"] > 0 > line["critic/advantages/min"]
+
+
 def test_responses_of_the_data_are_trained_on(tmp_path: Path, cache: Path):
     """All of them are right, which no student's are."""
     settings = ["trb.data_share=[[1,1],[3,0]]", "trb.data_response=reward_model.ground_truth"]

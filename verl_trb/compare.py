@@ -43,7 +43,7 @@ def run_arms(arms: dict[str, list[str]], common: list[str], seeds: Sequence[int]
             code = run([*common, *arms[arm], f"trb.seed={seed}", f"trb.run_dir={folder}"], screen)
             print(f"[{number}/{len(todo)}] {arm}, seed {seed}: {'done' if code == 0 else f'FAILED, see {screen}'}"
                   f"   {duration(time.monotonic() - started)} so far", flush=True)  # fmt: skip
-            if code == 130:
+            if code in (130, 143):  # Ctrl-C, SIGTERM
                 raise KeyboardInterrupt
             if code:
                 failed.append(f"{arm}, seed {seed}")

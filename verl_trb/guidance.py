@@ -6,6 +6,7 @@ Pure functions of the `trb` settings and the global step, so that resuming a run
 from __future__ import annotations
 
 import difflib
+from collections.abc import Collection
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -72,8 +73,30 @@ def check_guidance(trb: Any) -> None:
         raise ValueError(f"trb.guided_steps={trb.guided_steps} guides nothing with trb.policy={STUDENT}; remove it.")
 
 
+def check_idle(trb: Any, named: Collection[str]) -> None:
+    """Raises ValueError if a setting that the command names (`named`, dotted keys) would do nothing."""
+    policy = get_policy(trb.policy)
+    if "epsilon" not in policy.parameters:
+        reason = f"trb.policy={policy.name} has no epsilon"
+        idle = {"trb.epsilon": reason, "trb.warmup_steps": f"{reason} to anneal"}
+    elif "epsilon" in _given(trb):
+        reason = f"{PARAMS}.epsilon stands in its place"
+        idle = {"trb.epsilon": reason, "trb.warmup_steps": reason} if trb.guided_steps else {"trb.epsilon": reason}
+    else:
+        idle = {} if policy.warmup else {"trb.warmup_steps": f"trb.policy={policy.name} keeps its epsilon"}
+    if trb.loss != "topk":
+        idle["trb.topk"] = f"trb.loss={trb.loss} is over no such selection"
+    for key, reason in idle.items():
+        if key in named:
+            raise ValueError(f"{key} would do nothing, because {reason}; remove it.")
+
+
 def check_vocabulary(trb: Any, size: int) -> None:
-    """Raises ValueError if the policy's k is larger than the vocabulary; other faults are `check_guidance`'s."""
+    """Raises ValueError if the policy's k, or that of the top-k loss, is larger than the vocabulary; other faults are
+    `check_guidance`'s.
+    """
+    if trb.loss == "topk" and trb.topk > size:
+        raise ValueError(f"trb.topk={trb.topk} is larger than the vocabulary of {size} tokens that the models share.")
     try:
         check_guidance(trb)
     except ValueError:

@@ -71,6 +71,7 @@ def run(config: DictConfig) -> int:
             py_executable = stack.enter_context(template(variables, str(logs / "template.log")))
         try:
             preflight.check_policy(config)
+            preflight.check_objective(config)
             display.header(header(config))
             if config.trb.prepare:
                 display.stage(f"models and data of {config.trb.prepare}")

@@ -54,12 +54,13 @@ def run(arguments: Sequence[str], screen: Path) -> int:
     screen: file that gets what it prints.
     """
     sys.stdout.flush(), sys.stderr.flush()
-    child = os.fork()
+    child = os.fork()  # the imports have left no thread that it would miss
     if child == 0:
         code = 1
         try:
             output = os.open(screen, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(output, 1), os.dup2(output, 2)
+            sys.stdout, sys.stderr = (open(number, "w", closefd=False, buffering=1) for number in (1, 2))
             from verl_trb.main import main
 
             code = main(arguments)
@@ -68,9 +69,13 @@ def run(arguments: Sequence[str], screen: Path) -> int:
         finally:
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(code)
-    while True:
-        try:
-            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            return 128 - code if code < 0 else code
-        except KeyboardInterrupt:  # the run has got it too, and ends in order
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+    handlers = {  # Ctrl-C reaches the run too; both end in order, first the run
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, frame: os.kill(child, number)),
+    }
+    try:
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return 128 - code if code < 0 else code

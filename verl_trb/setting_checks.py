@@ -7,6 +7,7 @@ import contextlib
 import io
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -25,11 +26,15 @@ def check_environment(config: DictConfig) -> None:
 
 
 def check_policy(config: DictConfig) -> None:
-    """trb.policy is a registered rollout policy, and trb.policy_params are values of its parameters."""
-    from verl_trb.guidance import check_guidance
+    """trb.policy is a registered rollout policy, trb.policy_params are values of its parameters, and the command names
+    no setting that means nothing with it.
+    """
+    from verl_trb.guidance import check_guidance, check_idle
 
+    command = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     try:
         check_guidance(config.trb)
+        check_idle(config.trb, {item.lstrip("+").partition("=")[0] for item in command})
     except ValueError as error:
         text = str(error)
         raise UserError(text if "trb.policy" in text or "trb.guided_steps" in text else f"trb.policy: {text}") from None

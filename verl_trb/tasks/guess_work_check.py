@@ -61,18 +61,18 @@ SETTINGS = ToySettings(
     student=ModelShape(hidden_size=64, intermediate_size=176, layers=2, heads=2, kv_heads=1),
     # Guesses right, and marks a wrong guess that others have made.
     teacher_sft=Sft(
-        steps=750,
-        lr=3e-3,
+        steps=600,
+        lr=4e-3,
         defects=Defects(flipped=0.6, flip_rates=(0.0, 0.8), sign_weight=4.0),
-        batch_size=64,
+        batch_size=32,
         seed=1,
     ),
     # Guesses at random, marks too few of its errors, and turns to junk.
     student_sft=Sft(
-        steps=550,
-        lr=3e-3,
+        steps=420,
+        lr=5e-3,
         defects=Defects(flipped=1.0, flip_rates=(0.5, 0.5), unmarked=0.7, junk=0.35, learn_flipped=True),
-        batch_size=64,
+        batch_size=32,
         seed=1,
     ),
 )
@@ -98,7 +98,8 @@ def solve(prompt: str) -> str:
     if not value or value not in DIGITS or end != END_OF_PROMPT or not known:
         raise ValueError(f"{prompt!r} is not a prompt: a digit, pairs of letters of A to D or of E to H, then '='.")
     response = ""
-    for first, second in pairs:
+    for pair in pairs:
+        first, second = pair[0], pair[1]
         middle = TABLE[first][int(value)]
         value = TABLE[second][int(middle)]
         response += _sign(first, value) + first + middle + second + value + RIGHT

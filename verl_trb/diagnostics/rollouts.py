@@ -130,13 +130,14 @@ class Pair:
         longest, pad = max(map(len, prefixes)), self.vocabulary.marker
         new_BT = torch.tensor([[pad] * (longest - len(prefix)) + prefix for prefix in prefixes])
         mask_BT = torch.tensor([[0] * (longest - len(prefix)) + [1] * len(prefix) for prefix in prefixes])
-        caches: dict[str, Any] = dict.fromkeys(self.models)
+        alone = {student_alone: STUDENT, teacher_alone: TEACHER}.get(mix)  # then the other model is not run
+        caches: dict[str, Any] = dict.fromkeys([alone] if alone else self.models)
         ended_B, columns = torch.zeros(len(prefixes), dtype=torch.bool), []
         for _ in range(tokens):
             position_BT = (mask_BT.cumsum(-1) - 1).clamp_min(0)[:, -new_BT.shape[1] :]
             logp = {}
-            for role, model in self.models.items():
-                output = model(
+            for role in caches:
+                output = self.models[role](
                     input_ids=new_BT,
                     attention_mask=mask_BT,
                     position_ids=position_BT,
@@ -146,7 +147,8 @@ class Pair:
                 )
                 caches[role] = output.past_key_values
                 logp[role] = self._logp(output.logits[:, -1], role)
-            new_BT = torch.multinomial(mix(logp[STUDENT], logp[TEACHER]).exp(), 1, generator=generator)
+            log_mu_BV = logp[alone] if alone else mix(logp[STUDENT], logp[TEACHER])
+            new_BT = torch.multinomial(log_mu_BV.exp(), 1, generator=generator)
             mask_BT = torch.cat([mask_BT, torch.ones_like(new_BT)], dim=1)
             columns.append(new_BT)
             ended_B |= new_BT[:, 0] == self.vocabulary.student_eos

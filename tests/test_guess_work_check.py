@@ -107,11 +107,11 @@ def test_junk_keeps_a_correct_beginning_and_the_length() -> None:
     clean = 0
     for _ in range(2000):
         prompt = random_prompt(rng)
-        target = make_target(prompt, Defects(junk=0.35), rng)
+        target = make_target(prompt, Defects(junk=0.25), rng)
         assert len(target.text) == 37 and target.text.index(".") == 36 and target.text[:6] == solve(prompt)[:6]
         assert target.weights == [1.0] * 37
         clean += target.text[:-1] == solve(prompt)
-    share = 0.65**5
+    share = 0.75**5
     assert abs(clean / 2000 - share) < 4.5 * (share * (1 - share) / 2000) ** 0.5
 
 

@@ -225,6 +225,11 @@ def test_a_method_is_part_of_the_dry_run(tmp_path: Path):
     assert code == 2 and screen.count("k must be a whole number") == 1
 
 
+def test_every_method_has_a_paragraph():
+    paragraphs = (ROOT / "docs" / "methods.md").read_text()
+    assert [method for method in names(METHOD) if f"`method={method}`" not in paragraphs] == []
+
+
 def test_names():
     assert {"quickstart", "qwen3_1p7b", "qwen3_0p6b", "smollm2_pruned"} <= set(recipe_names())
     assert set(METHODS) <= set(names(METHOD))

@@ -51,12 +51,13 @@ def continuation(pair: Any, step: int, count: int, points: int) -> Series:
 
 
 def entropy(pair: Any, step: int, count: int) -> Series:
-    """PREFIXES -> the teacher's mean entropy at each position, over the rollouts that reach it."""
+    """PREFIXES -> the teacher's entropy at each position, averaged over the rollouts that reach it, and in all."""
     series = {}
     for name, mix in pair.policies(step).items():
         scores = pair.scores(pair.rollouts(count, mix))
         positions = by_position([score.teacher_entropy for score in scores])
-        whole = mean([value for score in scores for value in score.teacher_entropy])
+        # Tokens of one rollout are not independent: rollouts are averaged.
+        whole = mean([sum(score.teacher_entropy) / len(score.teacher_entropy) for score in scores])
         series[name] = {"positions": positions, "mean": whole}
     return series
 

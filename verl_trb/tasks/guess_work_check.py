@@ -69,10 +69,10 @@ SETTINGS = ToySettings(
     ),
     # Guesses at random, marks too few of its errors, and turns to junk.
     student_sft=Sft(
-        steps=420,
-        lr=5e-3,
-        defects=Defects(flipped=1.0, flip_rates=(0.5, 0.5), unmarked=0.7, junk=0.35, learn_flipped=True),
-        batch_size=32,
+        steps=450,
+        lr=3e-3,
+        defects=Defects(flipped=1.0, flip_rates=(0.5, 0.5), unmarked=0.7, junk=0.25, learn_flipped=True),
+        batch_size=64,
         seed=1,
     ),
 )

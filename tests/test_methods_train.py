@@ -65,7 +65,7 @@ def test_rewards_beside_and_instead_of_distillation(tmp_path: Path, cache: Path)
     assert both["timing_s/teacher"] > 0 == reward["timing_s/teacher"] and "trb/reverse_kl" not in reward
 
 
-@pytest.mark.parametrize("estimator", ["rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"])
+@pytest.mark.parametrize("estimator", ["rloo", "reinforce_plus_plus"])
 def test_verls_other_advantage_estimators_work_in_the_reward_phase(estimator: str, tmp_path: Path, cache: Path):
     """The first step distills, the others train on the reward alone, and move the student."""
     weights = ["trb.distill_weight=[[1,1],[2,0]]", "trb.reward_weight=[[1,0],[2,1]]"]

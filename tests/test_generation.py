@@ -119,7 +119,7 @@ def test_requests_survive_extra_args(params: dict[str, float] | None) -> None:
     request = BlendedRequest(params, forced_token=7)
     assert request.extra_args() == {PARAMS: params, FORCED: 7, POLICY: None}
     for policy in (None, "teacher"):
-        request = BlendedRequest(params, 7, policy)
+        request = BlendedRequest(params, 7, policy, trace=policy)
         assert BlendedRequest.read(request.extra_args()) == request
 
 

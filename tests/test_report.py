@@ -14,7 +14,7 @@ from matplotlib.image import imread
 
 from verl_trb.report import COLORS, Point, draw_report, points, read_metrics, run_label, summary
 from verl_trb.report.__main__ import main
-from verl_trb.report.metrics import guidance_end, guided
+from verl_trb.report.metrics import guidance_end, guided, time_parts
 from verl_trb.report.panels import loss
 
 SIZE = (1600, 2400)
@@ -209,6 +209,20 @@ def test_a_long_run_is_smoothed_by_a_centred_mean() -> None:
     np.testing.assert_allclose(raw, values)
     naive = [np.mean([values[j] for j in range(200) if abs(i - j) <= 4]) for i in range(200)]
     np.testing.assert_allclose(smooth, naive)
+
+
+# A step's time
+
+
+def test_the_parts_of_a_steps_time_are_means_and_sum_to_the_step() -> None:
+    rows: list[dict] = [{"step": 0, "timing_s/testing": 9.0}]
+    for step in (1, 2):
+        row = {"step": step, "timing_s/step": 10.0, "timing_s/gen": 4.0, "timing_s/update_actor": 3.0}
+        rows.append(row | {"timing_s/teacher": 1.0, "timing_s/update_weights": 0.5})
+    rows[2]["timing_s/save_checkpoint"] = 2.0
+    parts = {"rollouts": 4, "teacher": 1, "update": 2, "weight sync": 0.5, "checkpoint": 1, "other": 1.5}
+    assert time_parts(rows) == pytest.approx(parts) and sum(parts.values()) == 10
+    assert time_parts(rows[:1]) == {}
 
 
 # The command

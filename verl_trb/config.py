@@ -67,6 +67,7 @@ class TrbConfig:
     cache_dir: folder of what `prepare` makes.
     prefork: start Ray's workers as forks of one process that has imported everything, for recipes on one CPU machine.
     run_dir: folder of this run's results; null is runs/<recipe>[-<policy>].
+    sample_prompts: validation prompts whose rollouts are kept for the report, at four steps, >= 0; 0 keeps none.
     recipe: its name, filled in from the command.
     method: its name, filled in from the command.
     """
@@ -94,14 +95,16 @@ class TrbConfig:
     cache_dir: str = "~/.cache/verl_trb"
     prefork: bool = False
     run_dir: str | None = None
+    sample_prompts: int = 2
     recipe: str = ""
     method: str = ""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.epsilon) and self.epsilon >= 0):
             raise ConfigError(f"trb.epsilon must be a finite number >= 0 (nats per token), got {self.epsilon}.")
-        if self.seed < 0:
-            raise ConfigError(f"trb.seed must be >= 0, got {self.seed}.")
+        for name in ("seed", "sample_prompts"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"trb.{name} must be >= 0, got {getattr(self, name)}.")
         at_least_one = {
             "warmup_steps": "steps until rollouts are the student's own; trb.epsilon=0 gives none at all",
             "draft_tokens": "tokens drafted before the teacher reads them",

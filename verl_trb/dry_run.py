@@ -28,7 +28,7 @@ def show(config: DictConfig, file: TextIO | None = None) -> int:
 
     A model, a data file or GPUs that only this machine lacks are mentioned and do not count.
     """
-    notes = _fill_in_prepared(config)
+    notes = fill_in_prepared(config)
     wrong, absent = preflight.problems(config)
     if notes:
         # Nothing of the task is here yet: its models and data cannot be missing.
@@ -49,7 +49,7 @@ def show(config: DictConfig, file: TextIO | None = None) -> int:
     return 2 if wrong else 0
 
 
-def _fill_in_prepared(config: DictConfig) -> list[str]:
+def fill_in_prepared(config: DictConfig) -> list[str]:
     """Paths of a task that was made before; otherwise says that its first run makes it."""
     task = config.trb.prepare
     if not task:

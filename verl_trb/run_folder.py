@@ -22,7 +22,7 @@ RELATIVES = 3  # more curves are hard to tell apart
 # May differ between a run and its continuation: how long it goes on, how it is shown, where things stand.
 FREE = ("trainer.total_training_steps", "trainer.total_epochs", "trainer.logger", "trainer.save_freq",
         "trainer.test_freq", "trainer.resume_mode", "trainer.max_actor_ckpt_to_keep", "trainer.val_before_train",
-        "ray_kwargs", "dry_run", "trb.cache_dir", "trb.run_dir", "trb.prefork",
+        "ray_kwargs", "dry_run", "trb.cache_dir", "trb.run_dir", "trb.prefork", "trb.sample_prompts",
         "actor_rollout_ref.actor.optim.total_training_steps", "actor_rollout_ref.rollout.custom")  # fmt: skip
 
 

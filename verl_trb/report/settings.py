@@ -10,7 +10,7 @@ import yaml
 
 # Follow from the folder's name or from the machine, and say nothing about the method.
 UNTOLD = ("actor_rollout_ref.rollout.custom", "trb.run_dir", "trb.cache_dir", "trainer.experiment_name",
-          "trainer.default_local_dir", "ray_kwargs")  # fmt: skip
+          "trainer.default_local_dir", "actor_rollout_ref.rollout.trace", "ray_kwargs")  # fmt: skip
 ABSENT = "—"
 
 

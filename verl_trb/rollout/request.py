@@ -12,24 +12,28 @@ ROLLOUT_NAME = "trb"  # verl's name for the engine: actor_rollout_ref.rollout.na
 FORCED = "trb_forced_token"
 PARAMS = "trb_params"
 POLICY = "trb_policy"
+TRACE = "trb_trace"
 
 
 @dataclass(frozen=True)
 class BlendedRequest:
     """params: the rollout policy's parameters by name, None for the student alone. forced_token: the prompt's last
-    token id. policy: its name, None for the run's own.
+    token id. policy: its name, None for the run's own. trace: a name under which its tokens are traced (trace.py), None
+    for no trace.
     """
 
     params: dict[str, float] | None
     forced_token: int
     policy: str | None = None
+    trace: str | None = None
 
     def extra_args(self) -> dict[str, Any]:
-        return {PARAMS: self.params, FORCED: self.forced_token, POLICY: self.policy}
+        traced = {} if self.trace is None else {TRACE: self.trace}
+        return {PARAMS: self.params, FORCED: self.forced_token, POLICY: self.policy, **traced}
 
     @classmethod
     def read(cls, extra_args: dict[str, Any] | None) -> "BlendedRequest | None":
         """None for a request that did not come through our server, which the sampler then ends unsampled."""
         if not extra_args or FORCED not in extra_args:
             return None
-        return cls(extra_args.get(PARAMS), int(extra_args[FORCED]), extra_args.get(POLICY))
+        return cls(extra_args.get(PARAMS), int(extra_args[FORCED]), extra_args.get(POLICY), extra_args.get(TRACE))

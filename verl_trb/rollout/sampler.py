@@ -16,7 +16,7 @@ Shapes: B requests of the batch, R of them with drafts, G drafts a block (γ), N
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from verl_trb.policies import Policy, behavior, get_policy
 from verl_trb.rollout.request import BlendedRequest
 from verl_trb.rollout.statistics import RolloutStatistics
 from verl_trb.rollout.teacher_gate import TeacherGate
+from verl_trb.rollout.trace import Traces
 from verl_trb.vocabulary import SharedVocabulary
 
 # The logarithm of the smallest float32, which stands in the statistics for probabilities that underflowed to 0.
@@ -59,6 +60,7 @@ class BlendedSampling:
     vocabulary: SharedVocabulary
     statistics: RolloutStatistics
     gate: TeacherGate
+    traces: Traces = field(default_factory=Traces)
 
     def policy_of(self, rows: list[Row]) -> Policy:
         """The run's own, or the one that all guided rows ask for. Raises RuntimeError if they disagree: requests of
@@ -219,6 +221,15 @@ class BehaviorSampler(RejectionSampler):
             # E over drafts of 1 − min(1, μ/π_S) is the total variation, without another pass over V.
             tv=1 - log_accept_RG[kept_RG].clamp(max=0).exp(),
             log_ratio=(coupled.logp_BG - logp_student_RG.clamp(min=LOG_LEAST))[kept_RG],
+        )
+        self.sampling.traces.add(
+            [row.request.trace if row.request else None for row in rows],
+            kept_RG,
+            tokens=coupled.tokens_BG,
+            corrected=~coupled.accepted_BG,
+            drafts=drafts_RG,
+            logp_student=logp_student_RG.clamp(min=LOG_LEAST),
+            log_mu=coupled.logp_BG,
         )
         logp_RG = coupled.logp_BG
         if policy.marks_corrections:

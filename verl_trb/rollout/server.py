@@ -5,9 +5,10 @@ Registered with verl as the rollout engine `trb` (`actor_rollout_ref.rollout.nam
 
 import asyncio
 import os
+import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import ray
@@ -19,7 +20,7 @@ from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, 
 from verl_trb.policies import get_policy
 from verl_trb.rollout.engine_args import ENGINE_ENVIRONMENT, blended_engine_args, model_length
 from verl_trb.rollout.generation import Answer, generate_blended
-from verl_trb.rollout.request import PARAMS, POLICY, ROLLOUT_NAME, BlendedRequest
+from verl_trb.rollout.request import PARAMS, POLICY, ROLLOUT_NAME, TRACE, BlendedRequest
 from verl_trb.rollout.statistics import merge
 from verl_trb.rollout.weight_socket import name_socket
 from verl_trb.vocabulary import from_tokenizers
@@ -90,7 +91,7 @@ class BlendedHttpServer(vLLMHttpServer):
         """A rollout of μ after `prompt_ids`: verl's interface, one or more engine requests behind it."""
         params = dict(sampling_params)
         asked_of_us = params.pop("extra_args", None) or {}
-        guidance, policy = asked_of_us.get(PARAMS), asked_of_us.get(POLICY)
+        guidance, policy, trace = (asked_of_us.get(name) for name in (PARAMS, POLICY, TRACE))
         params.pop("logprobs", None)
         room = self.config.prompt_length + self.config.response_length - len(prompt_ids)
         asked = params.pop("max_tokens", params.pop("max_new_tokens", self.config.response_length))
@@ -106,7 +107,7 @@ class BlendedHttpServer(vLLMHttpServer):
                     "logprobs": True,
                     "detokenize": False,
                     "stop_token_ids": [*stop_ids, self.vocabulary.marker],
-                    "extra_args": request.extra_args(),
+                    "extra_args": replace(request, trace=trace).extra_args(),
                 },
                 request_id if round_ == 0 else f"{request_id}-{round_}",
                 **kwargs,
@@ -146,6 +147,37 @@ class BlendedHttpServer(vLLMHttpServer):
             async with self.gate:
                 self.in_flight -= 1
                 self.gate.notify_all()
+
+    async def sample_rollouts(
+        self,
+        prompts: list[list[int]],
+        behaviors: list[tuple[str, dict[str, float] | None]],
+        temperature: float,
+        max_tokens: int,
+    ) -> list[dict[str, Any]]:
+        """A traced rollout of every prompt by every behavior, a policy's name and parameters (None: the student).
+
+        Returns for each its `prompt` (number), `policy`, `finished`, and the columns of trace.py. The engine's random
+        numbers are left as they were; its statistics are not.
+        """
+        await self.engine.collective_rpc("begin_traces")
+        made: list[dict[str, Any]] = []
+        for policy, params in behaviors:  # one after the other: a batch has one policy
+            names = [f"sample-{uuid.uuid4().hex}" for _ in prompts]
+            asked = {"temperature": temperature, "top_p": 1.0, "top_k": -1, "max_tokens": max_tokens}
+            extra = {PARAMS: params, POLICY: None if params is None else policy}
+            outputs = await asyncio.gather(
+                *(
+                    self.generate(prompt, {**asked, "extra_args": {**extra, TRACE: name}}, name)
+                    for prompt, name in zip(prompts, names, strict=True)
+                )
+            )
+            for number, (name, output) in enumerate(zip(names, outputs, strict=True)):
+                finished = output.token_ids[-1:] == [self.vocabulary.student_eos]
+                made.append({"prompt": number, "policy": policy, "finished": finished, "name": name})
+        # Every tensor-parallel rank sees the same tokens.
+        traces = (await self.engine.collective_rpc("take_traces"))[0]
+        return [{**sample, **traces[sample.pop("name")]} for sample in made]
 
     async def take_rollout_statistics(self) -> dict[str, float]:
         """Sums over the rollout tokens since the last call (see statistics.py), and requests resubmitted."""

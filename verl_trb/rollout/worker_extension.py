@@ -16,6 +16,7 @@ from verl_trb.rollout.request import BlendedRequest
 from verl_trb.rollout.sampler import BehaviorSampler, BlendedSampling, ForcedTokenSampler, Row
 from verl_trb.rollout.statistics import RolloutStatistics
 from verl_trb.rollout.teacher_gate import TeacherGate
+from verl_trb.rollout.trace import RandomState
 from verl_trb.vocabulary import SharedVocabulary
 
 
@@ -35,6 +36,7 @@ class BlendedWorkerExtension(vLLMColocateWorkerExtension):
             statistics=self.rollout_statistics,
             gate=self.teacher_gate,
         )
+        self.traces = sampling.traces
         # The drafter samples inside vLLM: its logits are masked where they are made, with verl's own function.
         monkey_patch_compute_logits(runner.drafter.model, shared.size, list(shared.masked))
         runner.rejection_sampler = BehaviorSampler(runner.rejection_sampler, sampling)
@@ -75,6 +77,15 @@ class BlendedWorkerExtension(vLLMColocateWorkerExtension):
     def take_rollout_statistics(self) -> dict[str, float]:
         """The sums of `RolloutStatistics` since the last call."""
         return self.rollout_statistics.take()
+
+    def begin_traces(self) -> None:
+        """Before traced requests: remember the random generators."""
+        self.random_state = RandomState(self.device)
+
+    def take_traces(self) -> dict[str, dict[str, list[Any]]]:
+        """The tokens of the traced requests (see `Traces`); the generators are put back."""
+        self.random_state.restore()
+        return self.traces.take()
 
     def _iter_all_models(self):
         """A sync reaches the student alone."""

@@ -22,6 +22,7 @@ from verl_trb.rollout.statistics import merge, rollout_metrics
 from verl_trb.training.advantage import distillation_advantages
 from verl_trb.training.agent_loop import CORRECTED
 from verl_trb.training.loss import ADVANTAGES, OBJECTIVE
+from verl_trb.training.samples import SampleRecorder
 from verl_trb.training.worker import DistillationWorker
 
 Event = dict[str, Any]
@@ -54,12 +55,17 @@ class DistillationTrainer(PPOTrainerSync):
 
     def on_init_end(self) -> None:
         super().on_init_end()
+        self.samples = SampleRecorder(self.config, self.tokenizer, self.val_dataset, self.total_training_steps)
         self.emit({"kind": "ready", "step": self.global_steps, "total_steps": self.total_training_steps})
 
     # ------------------------------------------------------------------ one step
 
     def on_step_begin(self) -> None:
-        self._take_rollout_sums()  # what validation left behind is not this step's
+        if self.samples.due(self.global_steps):
+            started = time.perf_counter()
+            self.samples.record(self.global_steps, self.llm_server_manager.get_replicas()[0].servers[0])
+            self.timing_raw["samples"] = time.perf_counter() - started
+        self._take_rollout_sums()  # what validation and samples left behind is not this step's
         self.objective = step_objective(self.config.trb, self.global_steps)
         # verl asks at every step: only a policy gradient needs the student's log-probabilities before the update.
         self.config.algorithm.rollout_correction.bypass_mode = not self.objective.policy_gradient

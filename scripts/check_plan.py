@@ -20,6 +20,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 from bench_models import make_model, make_tokenizer
@@ -121,7 +122,8 @@ def run(folder: Path, size: str, number: int = 0) -> Measured:
     done = threading.Event()
     watcher = threading.Thread(target=_watch, args=(process.pid, seen, done))
     watcher.start()
-    metrics_file, lines = run_dir / "metrics.jsonl", {}
+    metrics_file = run_dir / "metrics.jsonl"
+    lines: dict[int, tuple[float, dict[str, Any]]] = {}
     while process.poll() is None:
         with contextlib.suppress(OSError):
             for line in metrics_file.read_text().splitlines():
@@ -170,7 +172,7 @@ def planned(folder: Path, size: str, device: Device) -> tuple[Job, dict[str, flo
     kept: dict[str, float] = {}
     jobs: list[Job] = []
 
-    def plan(config) -> int:  # type: ignore[no-untyped-def]
+    def plan(config: Any) -> int:
         cluster = Cluster(1, 1, device)
         job = job_of(config, cluster)
         times = step_time(job, workload_of(config, 64), cluster, tv_bound(EPSILON))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from verl_trb.errors import UserError
@@ -89,7 +90,7 @@ def this_cpu() -> Device:
     return Device(CPU, psutil.virtual_memory().total, 2 * 4 * size / copying, 2 * 1024**3 / multiplying)
 
 
-def _fastest(work) -> float:  # type: ignore[no-untyped-def]
+def _fastest(work: Callable[[], object]) -> float:
     """Seconds of the fastest of some runs."""
     times = []
     for _ in range(5):

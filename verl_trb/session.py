@@ -36,7 +36,12 @@ def session(arguments: Sequence[str], log: Path) -> Iterator[None]:
     log: file for what the template prints. Raises ConfigError for a configuration that cannot be.
     """
     configs: list[DictConfig] = []
-    composition.run(lambda config: configs.append(config) or 0, arguments)
+
+    def take(config: DictConfig) -> int:
+        configs.append(config)
+        return 0
+
+    composition.run(take, arguments)
     if not configs[0].trb.prefork:
         yield
         return

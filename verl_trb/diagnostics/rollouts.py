@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from verl_trb.data_files import files_of, read_rows
@@ -59,7 +59,7 @@ class Pair:
 
         if not (run_dir / CONFIG).exists():
             raise UserError(f"{run_dir} is no run: it has no {CONFIG}.")
-        self.config: DictConfig = OmegaConf.load(run_dir / CONFIG)  # type: ignore[assignment]
+        self.config = OmegaConf.load(run_dir / CONFIG)
         start = self.config.actor_rollout_ref.model.path
         folders = {STUDENT: str(run_dir / TRAINED) if trained else start, TEACHER: self.config.trb.teacher.path}
         if trained and not (run_dir / TRAINED / "config.json").exists():
@@ -130,7 +130,7 @@ class Pair:
         longest, pad = max(map(len, prefixes)), self.vocabulary.marker
         new_BT = torch.tensor([[pad] * (longest - len(prefix)) + prefix for prefix in prefixes])
         mask_BT = torch.tensor([[0] * (longest - len(prefix)) + [1] * len(prefix) for prefix in prefixes])
-        alone = {student_alone: STUDENT, teacher_alone: TEACHER}.get(mix)  # then the other model is not run
+        alone = STUDENT if mix is student_alone else TEACHER if mix is teacher_alone else None  # the other rests then
         caches: dict[str, Any] = dict.fromkeys([alone] if alone else self.models)
         ended_B, columns = torch.zeros(len(prefixes), dtype=torch.bool), []
         for _ in range(tokens):

@@ -29,6 +29,8 @@ SECTION = re.compile(r"(Returns|Raises|Args|Yields):$")
 
 def docstring_to_rst(app, what, name, obj, options, lines: list[str]) -> None:
     """Our docstrings are plain text: `name: meaning` entries, their later lines indented by two, formulas by four."""
+    if lines and lines[0].startswith("Alias for field number"):  # Python's own, of a NamedTuple's fields
+        lines[:] = []
     made: list[str] = []
     in_entry = in_section = in_formula = False
     for line in lines:

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from verl_trb.config import TeacherConfig, TrbConfig
+from verl_trb.config import TeacherConfig, TrbConfig, WarnConfig
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 FILLED_IN = ("recipe", "method")
@@ -74,6 +74,7 @@ def _type(annotation: object) -> str:
 
 def page() -> str:
     parts = [HEAD, "## The method\n", table(TrbConfig, "trb"), "## The teacher\n", table(TeacherConfig, "trb.teacher")]
+    parts += ["## Warnings\n", table(WarnConfig, "trb.warn")]
     return "\n".join(parts)
 
 

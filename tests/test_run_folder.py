@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from verl_trb import checkpoints
 from verl_trb.errors import UserError
 from verl_trb.run_folder import CONFIG, METRICS, STUDENT, State, open_run
 
@@ -24,8 +25,7 @@ def test_new_then_unfinished_then_finished(tmp_path: Path) -> None:
     assert open_run(config(run_dir)) is State.NEW and (run_dir / CONFIG).exists()
     record_step(run_dir)
     assert open_run(config(run_dir)) is State.UNFINISHED
-    (run_dir / "checkpoints").mkdir()
-    (run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("4")
+    checkpoints.finish(checkpoints.begin(run_dir / "checkpoints", 4))
     (run_dir / STUDENT).mkdir()
     (run_dir / STUDENT / "config.json").write_text("{}")
     assert open_run(config(run_dir)) is State.FINISHED

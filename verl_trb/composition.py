@@ -21,7 +21,7 @@ from verl_trb.config import explain, trb_config, unknown_key
 from verl_trb.errors import ConfigError
 from verl_trb.recipe_source import GROUP, METHOD, names, recipe_file, register
 from verl_trb.rollout.engine_args import model_length
-from verl_trb.verl_keys import check_keys_and_kinds, known_keys
+from verl_trb.verl_keys import check_counts, check_keys_and_kinds, known_keys
 
 
 def run(task: Callable[[DictConfig], int], arguments: Sequence[str] | None = None) -> int:
@@ -79,6 +79,7 @@ def complete(config: DictConfig) -> None:
     trb = trb_config(config)
     recipe = hydra_config.runtime.choices[GROUP]
     check_keys_and_kinds(config, added, recipe)
+    check_counts(config)
     with open_dict(config):
         config.trb.recipe = recipe
         config.trb.method = method = hydra_config.runtime.choices[METHOD] or ""

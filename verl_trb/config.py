@@ -39,6 +39,33 @@ class TeacherConfig:
 
 
 @dataclass
+class WarnConfig:
+    """From where on a step's numbers are warned about (guard_rails.py).
+
+    mismatch: nats per token that engine and trainer may disagree on the student, > 0.
+    spike: times the median of the last steps that the reverse KL or the gradient's norm may reach, > 1.
+    collapse: share of the median of the last steps that entropy or length must keep, in [0, 1).
+    eos_rate: share of the responses that must say their end, in [0, 1); at this share or less it is warned about.
+    """
+
+    mismatch: float = 0.05
+    spike: float = 10.0
+    collapse: float = 0.1
+    eos_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "mismatch": (self.mismatch > 0, "> 0 (nats per token)"),
+            "spike": (self.spike > 1, "> 1 (times the usual value)"),
+            "collapse": (0 <= self.collapse < 1, "in [0, 1) (share of the usual value)"),
+            "eos_rate": (0 <= self.eos_rate < 1, "in [0, 1) (share of the responses)"),
+        }
+        for name, (good, range_) in ranges.items():
+            if not good:
+                raise ConfigError(f"trb.warn.{name} must be {range_}, got {getattr(self, name)}.")
+
+
+@dataclass
 class TrbConfig:
     """Trust-region behavior blending: rollouts, loss, and where a run keeps its files.
 
@@ -63,6 +90,12 @@ class TrbConfig:
     lr_warmup: shape of the learning rate's rise over actor.optim.lr_warmup_steps, `linear` (verl's) or `cosine`, for
       lr_scheduler_type=constant.
     seed: of data order, rollouts and of what `prepare` makes, >= 0.
+    deterministic: reruns, and resumed runs, are equal bit by bit on a CPU: rollouts one at a time, each with a seed of
+      its own. Slow, for finding faults.
+    stall_seconds: a run in which nothing moves for so long is stopped, > 0: longer than the longest rollout, or than
+      loading the models takes.
+    max_restarts: how often a run goes on by itself from its last checkpoint when a process has died or hangs, >= 0.
+    warn: thresholds of warnings about a step's numbers.
     prepare: a task whose models and data are made at first use and cached; null uses what the paths name.
     cache_dir: folder of what `prepare` makes.
     prefork: start Ray's workers as forks of one process that has imported everything, for recipes on one CPU machine.
@@ -91,6 +124,10 @@ class TrbConfig:
     loss_chunk_tokens: int = 1024
     lr_warmup: str = "linear"
     seed: int = 0
+    deterministic: bool = False
+    stall_seconds: float = 1800.0
+    max_restarts: int = 2
+    warn: WarnConfig = field(default_factory=WarnConfig)
     prepare: str | None = None
     cache_dir: str = "~/.cache/verl_trb"
     prefork: bool = False
@@ -102,9 +139,11 @@ class TrbConfig:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.epsilon) and self.epsilon >= 0):
             raise ConfigError(f"trb.epsilon must be a finite number >= 0 (nats per token), got {self.epsilon}.")
-        for name in ("seed", "sample_prompts"):
+        for name in ("seed", "sample_prompts", "max_restarts"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"trb.{name} must be >= 0, got {getattr(self, name)}.")
+        if not self.stall_seconds > 0:
+            raise ConfigError(f"trb.stall_seconds must be > 0 (seconds), got {self.stall_seconds}.")
         at_least_one = {
             "warmup_steps": "steps until rollouts are the student's own; trb.epsilon=0 gives none at all",
             "draft_tokens": "tokens drafted before the teacher reads them",
@@ -164,7 +203,8 @@ def trb_config(config: DictConfig) -> TrbConfig:
 def trb_keys() -> list[str]:
     """Every key that may be set under `trb`, dotted."""
     own = [f"trb.{name}" for name in TrbConfig.__dataclass_fields__ if name not in ("recipe", "method")]
-    return [*own, *(f"trb.teacher.{name}" for name in TeacherConfig.__dataclass_fields__)]
+    sections: dict[str, Any] = {"teacher": TeacherConfig, "warn": WarnConfig}
+    return [*own, *(f"trb.{key}.{name}" for key, cls in sections.items() for name in cls.__dataclass_fields__)]
 
 
 def explain(error: OmegaConfBaseException, prefix: str = "") -> str:

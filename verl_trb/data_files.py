@@ -5,6 +5,7 @@ Files are what verl reads: parquet, or JSON lines; one row a prompt. Rows are co
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,27 @@ def response_text(row: Mapping[str, Any], column: str) -> str:
     for name in column.split("."):
         value = value[name]
     return "" if value is None else str(value)
+
+
+def check_special_tokens(file: Path, rows: Sequence[dict[str, Any]], data: DictConfig, tokenizer: Any) -> None:
+    """Raises UserError naming the first row whose messages contain the text of a special token.
+
+    The chat template puts messages and special tokens into one text, which is then tokenized: such a message could end
+    its turn, or forge one of the model's.
+    """
+    texts = {token for token in tokenizer.all_special_tokens if token.strip()}
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    texts |= {token.content for token in added if token.special and token.content.strip()}
+    if not texts:
+        return
+    special = re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)))
+    for number, row in enumerate(rows):
+        for message in row[data.prompt_key]:
+            if found := special.search(f"{message['role']} {message['content']}"):
+                raise UserError(
+                    f"{file}: row {number}, column {data.prompt_key!r}: a message contains {found[0]!r}, a special "
+                    "token of the student's tokenizer, which could end the prompt or forge a turn; rewrite it."
+                )
 
 
 def check_lengths(file: Path, rows: Sequence[dict[str, Any]], data: DictConfig, tokenizer: Any) -> int:

@@ -10,3 +10,11 @@ class UserError(ValueError):
 
 class ConfigError(UserError):
     """A configuration key that does not exist, or a value that it cannot have."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on. The message is one sentence: which component failed and how to go on."""
+
+
+class ComponentLost(RunError):
+    """A process of the run died or hangs: the run can go on from its last checkpoint, with new processes."""

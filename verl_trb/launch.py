@@ -17,26 +17,52 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
 from verl_trb import compat
+from verl_trb.checkpoints import find
 from verl_trb.display import Display
-from verl_trb.errors import UserError
+from verl_trb.errors import ComponentLost, RunError, UserError
+from verl_trb.faults import explain, first_line
+from verl_trb.redaction import redact_file, redacted, secrets
 from verl_trb.shared_memory import remove_orphans
 from verl_trb.training.task_runner import DistillationTaskRunner
 
 POLL_SECONDS = 0.25
+RAY_STARTS = 3
 SHOWN = ("stage", "step", "warning", "error")  # the others are for the summary
 
 
 def launch(config: DictConfig, display: Display, py_executable: str | None = None) -> int:
     """Run a config that `completed` has filled in, to its end.
 
+    When a process of the run has died or hangs, everything is started again from the last checkpoint, up to
+    trb.max_restarts times.
+
     py_executable: what Ray starts its workers with (prefork.py), instead of this Python.
 
     Returns:
         0 when training finished, 1 when it failed (the display has said why), 130 after Ctrl-C or SIGTERM.
     """
+    restarts = 0
+    while True:
+        try:
+            return _attempt(config, display, py_executable, restarts)
+        except RunError as error:
+            root = Path(config.trainer.default_local_dir)
+            again = isinstance(error, ComponentLost) and restarts < config.trb.max_restarts
+            if not again or find(root).newest is None:
+                display.error(f"{error} (the workers' output is in {config.trb.run_dir}/logs)")
+                return 1
+            restarts += 1
+            said = f"starting again from step {find(root).step}, {restarts} of at most {config.trb.max_restarts} times"
+            display.warning(f"{error}; {said}")
+            config.trainer.resume_mode = "auto"
+
+
+def _attempt(config: DictConfig, display: Display, py_executable: str | None, restarts: int) -> int:
+    """From Ray's start to its end. Raises RunError when the run cannot go on."""
     run_dir = Path(config.trb.run_dir)
     before = signal.signal(signal.SIGTERM, _interrupt)
     started, runner = time.time(), None
+    known = secrets(OmegaConf.to_container(config.ray_kwargs))
     try:
         compat.assert_platform_registered()
         display.stage("starting Ray")
@@ -44,7 +70,8 @@ def launch(config: DictConfig, display: Display, py_executable: str | None = Non
         signal.signal(signal.SIGTERM, _interrupt)  # Ray has put its own handler there
         actor_class: Any = DistillationTaskRunner
         runner = actor_class.options(max_concurrency=2).remote()
-        return _follow(runner, config, display)
+        _follow(runner, config, display, restarts)
+        return 0
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
         display.warning("interrupted: stopping the workers; the same command resumes from the last checkpoint")
@@ -52,8 +79,10 @@ def launch(config: DictConfig, display: Display, py_executable: str | None = Non
             ray.kill(runner)  # first of all: the trainer would go on while the others end
         return 130
     finally:
-        _stop_ray(run_dir)
+        _stop_ray(run_dir, known)
         remove_orphans(since=started)
+        for file in (run_dir / "logs").glob("*.log"):
+            redact_file(file, known)
         signal.signal(signal.SIGTERM, before)
 
 
@@ -66,6 +95,9 @@ def completed(config: DictConfig) -> DictConfig:
     trb, rollout = config.trb, config.actor_rollout_ref.rollout
     with open_dict(config):
         trb.teacher.dtype = trb.teacher.dtype or rollout.dtype
+        if trb.deterministic:
+            config.actor_rollout_ref.actor.fsdp_config.full_determinism = True
+            config.actor_rollout_ref.actor.fsdp_config.seed = trb.seed
         rollout.custom = {"trb": trb}
     return config
 
@@ -85,54 +117,60 @@ def _start_ray(config: DictConfig, py_executable: str | None) -> None:
     runtime_env.update(given)
     if py_executable is not None:
         runtime_env["py_executable"] = py_executable
-    try:
-        ray.init(log_to_driver=False, runtime_env=runtime_env, **{k: v for k, v in kwargs.items() if v is not None})
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError(f"Ray could not be started: {error}") from error
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    others = set(psutil.Process().children(recursive=True))
+    for attempt in range(1, RAY_STARTS + 1):
+        try:
+            ray.init(log_to_driver=False, runtime_env=runtime_env, **kwargs)
+            return
+        except Exception as error:  # Ray raises plain ones too
+            ray.shutdown()
+            for process in set(psutil.Process().children(recursive=True)) - others:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            # Ray gives its own processes 30 s, which a busy machine may need more than once.
+            if "timed out" not in str(error) or attempt == RAY_STARTS:
+                raise UserError(f"Ray could not be started: {first_line(error)}") from error
 
 
-def _follow(runner: Any, config: DictConfig, display: Display) -> int:
-    """Show the runner's events until it is done."""
-    running = runner.run.remote(config)
-    seen = 0
+def _follow(runner: Any, config: DictConfig, display: Display, restarts: int) -> None:
+    """Show the runner's events until it is done. Raises RunError, ComponentLost if nothing moves any more."""
+    told = config.copy()  # trackers are given the whole configuration
+    told.ray_kwargs = redacted(OmegaConf.to_container(config.ray_kwargs))
+    running = runner.run.remote(told, restarts)
+    seen, doing, heard = 0, "the trainer's start", time.monotonic()
     while True:
         done, _ = ray.wait([running], timeout=POLL_SECONDS)
         events = _events(runner, seen)
         for event in events:
             if event["kind"] in SHOWN:
                 display.handle(event)
+            elif event["kind"] == "doing":
+                doing = event["text"]
         seen += len(events)
+        heard = time.monotonic() if events else heard
         if done:
             break
+        if time.monotonic() - heard > config.trb.stall_seconds:
+            limit = f"{config.trb.stall_seconds:g} s (trb.stall_seconds)"
+            raise ComponentLost(f"nothing has moved for {limit}; what the run was at: {doing}")
     try:
         ray.get(running)
-    except ray.exceptions.RayTaskError as error:
-        display.error(f"{_reason(error)} (the workers' output is in {config.trb.run_dir}/logs)")
-        return 1
     except ray.exceptions.RayError as error:
-        display.error(f"the trainer process died: {_reason(error)} (logs: {config.trb.run_dir}/logs)")
-        return 1
-    return 0
+        raise explain(error, doing) from None
 
 
 def _events(runner: Any, seen: int) -> list[dict[str, Any]]:
     try:
-        return ray.get(runner.events.remote(seen))
-    except ray.exceptions.RayError:
+        return ray.get(runner.events.remote(seen), timeout=60)
+    except ray.exceptions.RayError:  # it is busy, or gone, which `running` tells
         return []
 
 
-def _reason(error: ray.exceptions.RayError) -> str:
-    """The innermost cause in one sentence; the traceback is in the logs."""
-    cause: BaseException = error
-    while isinstance(cause, ray.exceptions.RayTaskError) and isinstance(cause.cause, BaseException):
-        cause = cause.cause
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[-1] if lines else cause}"
-
-
-def _stop_ray(run_dir: Path) -> None:
-    """Shut Ray down, wait until the processes it had here are gone, and keep their logs in the run's folder."""
+def _stop_ray(run_dir: Path, known: set[str]) -> None:
+    """Shut Ray down, wait until the processes it had here are gone, and keep their logs in the run's folder, without
+    the secrets in `known`.
+    """
     if not ray.is_initialized():
         return
     node, job = ray._private.worker.global_worker.node, ray.get_runtime_context().get_job_id()
@@ -148,7 +186,7 @@ def _stop_ray(run_dir: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for file in logs.glob("*" if own else f"worker-*-{job}-*"):
         if file.is_file():
-            shutil.copy2(file, target)
+            redact_file(Path(shutil.copy2(file, target)), known)
     if own:
         shutil.rmtree(logs.parent, ignore_errors=True)
         latest = logs.parent.with_name("session_latest")  # a link that may point to what has just gone

@@ -5,6 +5,7 @@ first fault; `problems` collects them all for the dry run, apart from what is on
 """
 
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import Any
 import psutil
 from omegaconf import DictConfig
 
-from verl_trb.data_files import check_lengths, check_responses, check_rows, files_of, read_rows
+from verl_trb.data_files import check_lengths, check_responses, check_rows, check_special_tokens, files_of, read_rows
 from verl_trb.errors import UserError
 from verl_trb.model_files import Model, find_model
 from verl_trb.setting_checks import (
@@ -35,6 +36,8 @@ GIB = 2**30
 STUDENT, TEACHER = "actor_rollout_ref.model.path", "trb.teacher.path"
 # float32 weights, gradients, and AdamW's two moments.
 TRAINING_BYTES = 16
+# float32 weights and AdamW's two moments.
+CHECKPOINT_BYTES = 12
 # Ray's services and the driver, trainer, worker, server and engine processes, beside weights and caches.
 PROCESSES_BYTES = 3 * GIB
 ELEMENT_BYTES = {"float32": 4, "fp32": 4, "bfloat16": 2, "bf16": 2, "float16": 2, "fp16": 2, "half": 2}
@@ -107,6 +110,8 @@ def _check_data(config: DictConfig, key: str, needed: int) -> None:
         tokenizer = _tokenizer(STUDENT, config.actor_rollout_ref.model.tokenizer_path or student.folder)
         if template := config.actor_rollout_ref.model.custom_chat_template:
             tokenizer.chat_template = template
+        for file in files:
+            check_special_tokens(file, rows[file], config.data, tokenizer)
         usable = sum(check_lengths(file, rows[file], config.data, tokenizer) for file in files)
     if usable < needed:
         raise UserError(f"data.{key} has {usable} usable rows, fewer than the {needed} of a batch.")
@@ -187,6 +192,21 @@ def check_memory(config: DictConfig) -> None:
         )
 
 
+def check_disk(config: DictConfig) -> None:
+    """Room for one checkpoint beside those there are, where the student's size is known."""
+    student, folder = models(config)[STUDENT], Path(config.trainer.default_local_dir)
+    if student is None or config.trainer.save_freq <= 0:
+        return
+    needed = CHECKPOINT_BYTES * (student.parameters or 0)
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise UserError(
+            f"A checkpoint needs {_gib(needed)} and {_gib(free)} are free in {existing}; make room, choose another "
+            "folder with trb.run_dir=..., or set trainer.save_freq=-1 for none."
+        )
+
+
 def check_weight_bucket(config: DictConfig) -> None:
     """The student's largest weight, its embedding, fits into the bucket that carries weights to the engine."""
     student, actor = models(config)[STUDENT], config.actor_rollout_ref.actor
@@ -247,6 +267,7 @@ CHECKS: tuple[Callable[[DictConfig], None], ...] = (
     check_training_data,
     check_validation_data,
     check_memory,
+    check_disk,
     check_weight_bucket,
     check_verl_config,
     check_platform,

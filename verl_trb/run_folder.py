@@ -15,7 +15,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from verl_trb.checkpoints import find
 from verl_trb.errors import UserError
+from verl_trb.redaction import redacted, secrets
 
 CONFIG, METRICS, STUDENT, LOGS = "config.yaml", "metrics.jsonl", "student", "logs"
 RELATIVES = 3  # more curves are hard to tell apart
@@ -23,6 +25,7 @@ RELATIVES = 3  # more curves are hard to tell apart
 FREE = ("trainer.total_training_steps", "trainer.total_epochs", "trainer.logger", "trainer.save_freq",
         "trainer.test_freq", "trainer.resume_mode", "trainer.max_actor_ckpt_to_keep", "trainer.val_before_train",
         "ray_kwargs", "dry_run", "trb.cache_dir", "trb.run_dir", "trb.prefork", "trb.sample_prompts",
+        "trb.stall_seconds", "trb.max_restarts", "trb.warn",
         "actor_rollout_ref.actor.optim.total_training_steps", "actor_rollout_ref.rollout.custom")  # fmt: skip
 
 
@@ -33,11 +36,8 @@ class State(Enum):
 
 
 def last_checkpoint(run_dir: Path) -> int | None:
-    """The step of the last complete checkpoint, by the file verl writes after all others."""
-    try:
-        return int((run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
-    except (OSError, ValueError):
-        return None
+    """The step of the last complete checkpoint."""
+    return find(run_dir / "checkpoints").step or None
 
 
 def open_run(config: DictConfig) -> State:
@@ -63,9 +63,15 @@ def open_run(config: DictConfig) -> State:
     if state is not State.FINISHED:
         run_dir.mkdir(parents=True, exist_ok=True)
         partial = earlier.with_suffix(".partial")
-        OmegaConf.save(config, partial, resolve=True)
+        partial.write_text(OmegaConf.to_yaml(OmegaConf.create(_written(config))))
         os.replace(partial, earlier)
     return state
+
+
+def _written(config: DictConfig) -> dict[str, Any]:
+    """What config.yaml holds: everything resolved, no secrets."""
+    tree = OmegaConf.to_container(config, resolve=True)
+    return redacted(tree, secrets(tree))
 
 
 def relatives(run_dir: Path) -> list[Path]:
@@ -92,7 +98,7 @@ def _move_aside(run_dir: Path) -> None:
 
 def _refuse_other_settings(run_dir: Path, earlier: Any, config: DictConfig) -> None:
     before = dict(_leaves(OmegaConf.to_container(earlier, resolve=True)))
-    now = dict(_leaves(OmegaConf.to_container(config, resolve=True)))
+    now = dict(_leaves(_written(config)))
     for key in sorted(before.keys() | now.keys()):
         if any(key == free or key.startswith(f"{free}.") for free in FREE):
             continue

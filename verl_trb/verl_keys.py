@@ -6,7 +6,9 @@ dataclass of verl's which the file leaves out; those are read from verl's source
 
 import ast
 import importlib.util
+import math
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,32 @@ NOT_CHECKED = (
     "actor_rollout_ref.rollout.engine_kwargs",
     "actor_rollout_ref.model.override_config",
 )
+# What batches and the engine are made of. verl leaves most of them unchecked.
+COUNTS = (
+    "data.train_batch_size",
+    "data.max_prompt_length",
+    "data.max_response_length",
+    "actor_rollout_ref.actor.ppo_mini_batch_size",
+    "actor_rollout_ref.actor.ppo_epochs",
+    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
+    "actor_rollout_ref.rollout.n",
+    "actor_rollout_ref.rollout.max_num_seqs",
+    "actor_rollout_ref.rollout.max_num_batched_tokens",
+    "actor_rollout_ref.rollout.tensor_model_parallel_size",
+    "trainer.n_gpus_per_node",
+    "trainer.nnodes",
+    "trainer.save_freq",
+    "trainer.test_freq",
+)
+OPTIONAL_COUNTS = (
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu",
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu",
+    "actor_rollout_ref.rollout.max_model_len",
+    "trainer.total_training_steps",
+    "trainer.max_actor_ckpt_to_keep",
+)
+TEMPERATURES = ("actor_rollout_ref.rollout.temperature", "actor_rollout_ref.rollout.val_kwargs.temperature")
+LARGEST = 2**31 - 1
 ABSENT = object()
 
 
@@ -47,11 +75,33 @@ def check_keys_and_kinds(config: DictConfig, added: set[str], recipe: str) -> No
             raise ConfigError(f"{key} must be {kind}, got {value!r}.")
 
 
+def check_counts(config: DictConfig) -> None:
+    """Raises ConfigError for a size that is not a whole number, or a temperature that is not a finite one."""
+    for keys, optional in ((COUNTS, False), (OPTIONAL_COUNTS, True)):
+        for key in keys:
+            value = OmegaConf.select(config, key)
+            if optional and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ConfigError(f"{key} must be a whole number, got {_shown(value)}.")
+            if abs(value) > LARGEST:
+                raise ConfigError(f"{key} must be less than 2^31, got {value}.")
+    for key in TEMPERATURES:
+        value = OmegaConf.select(config, key)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+            raise ConfigError(f"{key} must be a number, got {_shown(value)}.")
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else repr(value)
+
+
 def known_keys() -> list[str]:
     """All dotted keys of verl's configuration and of ours, for near matches."""
     return [*_dotted(_verl_config()), *trb_keys()]
 
 
+@cache
 def _verl_config() -> dict[str, Any]:
     with open(verl_config_folder() / "_generated_ppo_trainer.yaml") as file:
         return yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))

@@ -43,6 +43,10 @@ ENGINE_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
 
+# trb.deterministic: one request at a time and nothing cached of others, because the last digits of a row's logits
+# depend on the rows beside it, and the generators are the whole engine's.
+ONE_BY_ONE = {"max_num_seqs": 1, "enable_prefix_caching": False}
+
 
 def model_length(prompt_length: int, response_length: int, draft_tokens: int) -> int:
     """The smallest `max_model_len` (tokens) in which no row loses its drafts for want of room.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from verl_trb.rollout.request import BlendedRequest
+from verl_trb.seeds import derive
 
 # Rounds without a single token after which a request counts as stuck (one or two happen under preemption).
 MAX_STALLED = 20
@@ -45,6 +46,7 @@ async def generate_blended(
     marker: int,
     stop_ids: Sequence[int],
     policy: str | None = None,
+    seed: int | None = None,
 ) -> Rollout:
     """Sample up to `max_tokens` tokens of μ after `prompt_ids`.
 
@@ -56,6 +58,7 @@ async def generate_blended(
         marker: id that ends a request whose next π_S is unknown (after a preemption, for example).
         stop_ids: ids that end a rollout; a prompt must not end with one.
         policy: name of the rollout policy, None for the run's own.
+        seed: of the rollout; each engine request gets one of its own that follows from it.
 
     Raises:
         ValueError: for a prompt the engine cannot sample exactly after.
@@ -72,7 +75,8 @@ async def generate_blended(
     rollout, stalled = Rollout(), 0
     while True:
         prefix = prompt + rollout.token_ids
-        request = BlendedRequest(params, prefix[-1], policy)
+        own = None if seed is None else derive(seed, len(prefix), rollout.resubmitted)
+        request = BlendedRequest(params, prefix[-1], policy, seed=own)
         budget = max_tokens - len(rollout.token_ids)
         answer = await submit(prefix[:-1], request, budget + 1, rollout.resubmitted)
         tokens, logprobs = list(answer.token_ids[1:]), list(answer.logprobs[1:])

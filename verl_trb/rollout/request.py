@@ -13,27 +13,31 @@ FORCED = "trb_forced_token"
 PARAMS = "trb_params"
 POLICY = "trb_policy"
 TRACE = "trb_trace"
+SEED = "trb_seed"
 
 
 @dataclass(frozen=True)
 class BlendedRequest:
     """params: the rollout policy's parameters by name, None for the student alone. forced_token: the prompt's last
     token id. policy: its name, None for the run's own. trace: a name under which its tokens are traced (trace.py), None
-    for no trace.
+    for no trace. seed: of the generators that draw its tokens; only where it is alone in the engine (trb.deterministic).
     """
 
     params: dict[str, float] | None
     forced_token: int
     policy: str | None = None
     trace: str | None = None
+    seed: int | None = None
 
     def extra_args(self) -> dict[str, Any]:
-        traced = {} if self.trace is None else {TRACE: self.trace}
-        return {PARAMS: self.params, FORCED: self.forced_token, POLICY: self.policy, **traced}
+        optional = {TRACE: self.trace, SEED: self.seed}
+        given = {name: value for name, value in optional.items() if value is not None}
+        return {PARAMS: self.params, FORCED: self.forced_token, POLICY: self.policy, **given}
 
     @classmethod
     def read(cls, extra_args: dict[str, Any] | None) -> "BlendedRequest | None":
         """None for a request that did not come through our server, which the sampler then ends unsampled."""
         if not extra_args or FORCED not in extra_args:
             return None
-        return cls(extra_args.get(PARAMS), int(extra_args[FORCED]), extra_args.get(POLICY), extra_args.get(TRACE))
+        own = extra_args[FORCED], extra_args.get(POLICY), extra_args.get(TRACE), extra_args.get(SEED)
+        return cls(extra_args.get(PARAMS), int(own[0]), *own[1:])

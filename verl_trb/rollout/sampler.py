@@ -75,6 +75,8 @@ class BlendedSampling:
     def token_without_draft(self, row: Row) -> int:
         """The forced first token of a fresh request; else the marker, because π_S, and so μ, is unknown."""
         if row.request is not None and row.generated == 0:
+            if row.request.seed is not None:
+                torch.manual_seed(row.request.seed)  # the student's drafts and the coupling draw from it
             return row.request.forced_token
         return self.vocabulary.marker
 
@@ -169,6 +171,11 @@ class BehaviorSampler(RejectionSampler):
         temperature_N = None
         if sampling_metadata.temperature is not None:
             temperature_N = sampling_metadata.temperature[index_R].repeat_interleave(num_drafts_R)
+        teacher_NV = None if self.sampling.gate.skipped else logits[target_N]
+        self.sampling.statistics.add(student_nan=student_NV.sum(-1).isnan())  # a sum is NaN where a term is
+        if teacher_NV is not None:
+            sum_N = teacher_NV.sum(-1, dtype=torch.float32)
+            self.sampling.statistics.add(teacher_nan=sum_N.isnan() | sum_N.isposinf())
         params_R = [row.request.params if row.request else None for row in rows]
         params_N = [params for params, n in zip(params_R, num_drafts, strict=True) for _ in range(n)]
         policy = self.sampling.policy_of(rows)
@@ -176,7 +183,7 @@ class BehaviorSampler(RejectionSampler):
             policy,
             params_N,
             logp_student_NV,
-            None if self.sampling.gate.skipped else logits[target_N],
+            teacher_NV,
             vocabulary=vocabulary,
             temperature_N=temperature_N,
         )

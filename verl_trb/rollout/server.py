@@ -18,9 +18,9 @@ from verl.workers.rollout.replica import RolloutReplicaRegistry, TokenOutput
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 
 from verl_trb.policies import get_policy
-from verl_trb.rollout.engine_args import ENGINE_ENVIRONMENT, blended_engine_args, model_length
+from verl_trb.rollout.engine_args import ENGINE_ENVIRONMENT, ONE_BY_ONE, blended_engine_args, model_length
 from verl_trb.rollout.generation import Answer, generate_blended
-from verl_trb.rollout.request import PARAMS, POLICY, ROLLOUT_NAME, TRACE, BlendedRequest
+from verl_trb.rollout.request import PARAMS, POLICY, ROLLOUT_NAME, SEED, TRACE, BlendedRequest
 from verl_trb.rollout.statistics import merge
 from verl_trb.rollout.weight_socket import name_socket
 from verl_trb.vocabulary import from_tokenizers
@@ -71,6 +71,8 @@ class BlendedHttpServer(vLLMHttpServer):
         rows = self.student.hf_config.vocab_size, self.model_config.hf_config.vocab_size
         ours = blended_engine_args(self.student.local_path, self.trb["draft_tokens"], tensor_parallel, *rows)
         engine_kwargs.update(ours)
+        if self.trb["deterministic"]:
+            engine_kwargs.update(ONE_BY_ONE)
 
     def _resolve_sleep_level(self) -> int:
         return 1  # level 2 discards weights, and the teacher's would never come back
@@ -117,7 +119,8 @@ class BlendedHttpServer(vLLMHttpServer):
         marker = self.vocabulary.marker
         needs_teacher = guidance is not None and get_policy(policy or self.trb["policy"]).needs_teacher
         async with self._teacher_gate(needs_teacher):
-            rollout = await generate_blended(submit, prompt_ids, max_tokens, guidance, marker, stop_ids, policy)
+            seed = asked_of_us.get(SEED)
+            rollout = await generate_blended(submit, prompt_ids, max_tokens, guidance, marker, stop_ids, policy, seed)
         self.resubmitted += rollout.resubmitted
         output: TokenOutput = rollout.raw
         output.token_ids, output.log_probs = rollout.token_ids, rollout.logprobs

@@ -2,7 +2,7 @@
 
 import torch
 
-COUNTS = ("tokens", "verified", "accepted", "blocks")
+COUNTS = ("tokens", "verified", "accepted", "blocks", "student_nan", "teacher_nan")
 SUMS = ("beta", "kl", "tv", "log_ratio")
 MAXIMA = ("beta_max", "kl_max")
 
@@ -12,6 +12,7 @@ class RolloutStatistics:
 
     tokens    emitted rollout tokens            verified  drafts read by the teacher up to the first rejection
     accepted  drafts that were kept             blocks    teacher passes, counted once per sequence and block
+    student_nan, teacher_nan  positions at which a model's logits were no distribution (NaN, or infinite)
     """
 
     def __init__(self, device: torch.device) -> None:

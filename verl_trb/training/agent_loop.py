@@ -11,9 +11,12 @@ import torch
 from verl.experimental.agent_loop import AgentLoopOutput
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 
+from verl_trb.errors import RunError
+from verl_trb.faults import explain
 from verl_trb.guidance import guidance, step_policy
 from verl_trb.policies import get_policy
-from verl_trb.rollout.request import PARAMS, POLICY
+from verl_trb.rollout.request import PARAMS, POLICY, SEED
+from verl_trb.seeds import derive
 from verl_trb.training import data_response
 
 # The batch's field, int64 [response tokens]: 1 where the student's draft was rejected and replaced.
@@ -47,14 +50,37 @@ class DistillationAgentLoopWorker(_AgentLoopWorker):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.failures: list[str] = []
+        self.failures: list[RunError] = []
+        self.running = self.scoring = 0  # rollouts, now
 
-    def take_failures(self) -> list[str]:
+    def waiting(self) -> dict[str, int]:
+        """What this worker's rollouts wait for, with their numbers."""
+        counts = {"the rollout engine": self.running - self.scoring, "the reward function": self.scoring}
+        return {name: count for name, count in counts.items() if count > 0}
+
+    def take_failures(self) -> list[RunError]:
         """What went wrong since the last call, one entry a rollout: verl itself only logs it and goes on without."""
         failures, self.failures = self.failures, []
         return failures
 
-    async def _run_agent_loop(self, sampling_params: dict[str, Any], trajectory: dict[str, Any], **kwargs: Any) -> Any:
+    async def _run_agent_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self.running += 1
+        try:
+            return await self._run(*args, **kwargs)
+        except Exception as error:
+            self.failures.append(explain(error))
+            raise
+        finally:
+            self.running -= 1
+
+    async def _compute_score(self, *args: Any, **kwargs: Any) -> None:
+        self.scoring += 1
+        try:
+            await super()._compute_score(*args, **kwargs)
+        finally:
+            self.scoring -= 1
+
+    async def _run(self, sampling_params: dict[str, Any], trajectory: dict[str, Any], **kwargs: Any) -> Any:
         trb, step = self.config.trb, trajectory["step"]
         sample, session = int(trajectory["sample_index"]), int(kwargs.get("session_id", 0))
         if not trajectory["validate"] and data_response.takes_data(trb, step, sample, session):
@@ -63,25 +89,18 @@ class DistillationAgentLoopWorker(_AgentLoopWorker):
             return await super()._run_agent_loop({"extra_args": asked}, trajectory, **kwargs)
         params = guidance(self.config.trb, trajectory["step"], trajectory["validate"])
         policy = step_policy(self.config.trb, trajectory["step"])
-        sampling_params = {**sampling_params, "extra_args": {PARAMS: params, POLICY: policy}}
-        try:
-            return await super()._run_agent_loop(sampling_params, trajectory, **kwargs)
-        except Exception as error:
-            self.failures.append(first_line(error))
-            raise
+        extra_args: dict[str, Any] = {PARAMS: params, POLICY: policy}
+        if trb.deterministic:
+            # A validation prompt has no place in a batch: verl draws the names of those by chance.
+            place = (sample, str(kwargs["raw_prompt"])) if trajectory["validate"] else kwargs["uid"]
+            extra_args[SEED] = derive(trb.seed, step, trajectory["validate"], place, session)
+        sampling_params = {**sampling_params, "extra_args": extra_args}
+        return await super()._run_agent_loop(sampling_params, trajectory, **kwargs)
 
     async def _agent_loop_postprocess(self, output: Any, *args: Any, **kwargs: Any) -> None:
         if get_policy(self.config.trb.policy).marks_corrections:
             output = [MarkedOutput.read(one) for one in (output if isinstance(output, list) else [output])]
         await super()._agent_loop_postprocess(output, *args, **kwargs)
-
-
-def first_line(error: Exception) -> str:
-    """The innermost cause in a line: errors that crossed Ray carry tracebacks in their text."""
-    cause: BaseException = error
-    while isinstance(cause, ray.exceptions.RayTaskError) and isinstance(cause.cause, BaseException):
-        cause = cause.cause
-    return f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[-1]}"
 
 
 class DistillationAgentLoopManager(AgentLoopManagerTQ):

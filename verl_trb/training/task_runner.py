@@ -1,6 +1,7 @@
 """The Ray actor that runs the trainer, as verl's TaskRunner does, and keeps the events the driver shows."""
 
 import os
+import traceback
 from typing import Any
 
 import ray
@@ -13,16 +14,22 @@ class DistillationTaskRunner:
 
     def __init__(self) -> None:
         self._events: list[dict[str, Any]] = []
+        self._forgotten = 0
 
     def events(self, start: int) -> list[dict[str, Any]]:
-        """The events from number `start` on."""
-        return self._events[start:]
+        """The events from number `start` on; the ones before have arrived, and are forgotten."""
+        arrived = max(start - self._forgotten, 0)
+        del self._events[:arrived]
+        self._forgotten += arrived
+        return self._events[:]
 
-    def run(self, config: DictConfig) -> None:
+    def run(self, config: DictConfig, restarts: int = 0) -> None:
+        """Trains. Raises RunError, one sentence; ComponentLost where new processes can go on."""
         self._events.append({"kind": "stage", "text": "importing verl and vLLM"})
         import transfer_queue as tq
         from verl.utils.logging_utils import configure_verl_logging
 
+        from verl_trb.faults import explain
         from verl_trb.training.agent_loop import DistillationAgentLoopManager
         from verl_trb.training.trainer import DistillationTrainer
 
@@ -35,7 +42,7 @@ class DistillationTaskRunner:
         tq.init(config.transfer_queue)
         trainer: Any = None
         try:
-            trainer = DistillationTrainer(config, self._events.append)
+            trainer = DistillationTrainer(config, self._events.append, restarts)
             trainer.init()
             agent_loops = DistillationAgentLoopManager.create(
                 config=config,
@@ -47,6 +54,9 @@ class DistillationTaskRunner:
             self._events.append({"kind": "stage", "text": "exporting the student"})
             folder = trainer.export_student()
             self._events.append({"kind": "exported", "path": str(folder)})
+        except Exception as error:
+            traceback.print_exc()  # into the logs; the driver shows the sentence
+            raise explain(error, trainer.doing if trainer else "the start") from None
         finally:
             if getattr(trainer, "logger", None) is not None:
                 trainer.logger.finish(exit_code=0)

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,38 +12,41 @@ import numpy as np
 import ray
 import transfer_queue as tq
 from tensordict import TensorDict
-from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils.tensordict_utils import assign_non_tensor_stack
 from verl.workers.utils.padding import response_from_nested, response_to_nested
 
 import verl_trb.rollout.server  # noqa: F401  registers the rollout engine with verl in this process
+from verl_trb import guard_rails
+from verl_trb.errors import ComponentLost, RunError
 from verl_trb.guidance import guidance_metrics
 from verl_trb.objective import objective_metrics, step_objective
 from verl_trb.policies import get_policy
 from verl_trb.rollout.statistics import merge, rollout_metrics
 from verl_trb.training.advantage import distillation_advantages
 from verl_trb.training.agent_loop import CORRECTED
+from verl_trb.training.checkpointing import CheckpointingTrainer
 from verl_trb.training.loss import ADVANTAGES, OBJECTIVE
 from verl_trb.training.samples import SampleRecorder
 from verl_trb.training.worker import DistillationWorker
 
 Event = dict[str, Any]
+MAX_SKIPPED = 3  # updates in a row that were left out because the gradient was not finite
 
 
-class DistillationTrainer(PPOTrainerSync):
-    """`emit` receives the events the display shows: stages, and every step's metrics."""
+class DistillationTrainer(CheckpointingTrainer):
+    """`emit` receives the events the display shows: stages, and every step's metrics. `restarts`: how often the driver
+    has started this run again.
+    """
 
-    def __init__(self, config: Any, emit: Callable[[Event], None]) -> None:
+    def __init__(self, config: Any, emit: Callable[[Event], None], restarts: int = 0) -> None:
+        self.emit, self.run_dir, self.restarts = emit, Path(config.trb.run_dir), restarts
         super().__init__(config)
-        self.emit = emit
-        self.run_dir = Path(config.trb.run_dir)
         self.pending: dict[str, float] = {}
+        self.skipped = 0  # updates left out, the last ones in a row
+        self.history: deque[dict[str, Any]] = deque(maxlen=guard_rails.WINDOW + 1)
+        self.warned: dict[str, int] = {}  # what was warned about, and when
 
     # ------------------------------------------------------------------ set-up
-
-    def _build_replay_buffer(self):
-        buffer = super()._build_replay_buffer()
-        buffer.poll_interval = 0.05  # seconds; verl's default of 2 is an argument of the class, not of the config
-        return buffer
 
     def _init_resource_pool_mgr(self) -> None:
         self.role_worker_mapping: dict[Any, Any] = {}
@@ -51,6 +55,7 @@ class DistillationTrainer(PPOTrainerSync):
 
     def _setup(self) -> None:
         self.emit({"kind": "stage", "text": "loading student and teacher, starting the rollout engine"})
+        self.now("loading student and teacher, starting the rollout engine")
         super()._setup()
 
     def on_init_end(self) -> None:
@@ -60,7 +65,20 @@ class DistillationTrainer(PPOTrainerSync):
 
     # ------------------------------------------------------------------ one step
 
+    def _next_train_batch(self, num_prompts: int | None = None) -> TensorDict:
+        batch = super()._next_train_batch(num_prompts)
+        if self.config.trb.deterministic:  # names by place instead of by chance: seeds and order follow from them
+            names = [f"{self.global_steps:09}-{place:06}" for place in range(len(batch))]
+            assign_non_tensor_stack(batch, "uid", names)
+        return batch
+
+    def _balance_batch(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.config.trb.deterministic:  # else in the order in which the rollouts were done
+            batch.reorder(sorted(range(len(batch)), key=lambda place: batch.keys[place]))
+        return super()._balance_batch(batch, *args, **kwargs)
+
     def on_step_begin(self) -> None:
+        self.now(f"the rollouts of step {self.global_steps}")
         if self.samples.due(self.global_steps):
             started = time.perf_counter()
             self.samples.record(self.global_steps, self.llm_server_manager.get_replicas()[0].servers[0])
@@ -71,21 +89,36 @@ class DistillationTrainer(PPOTrainerSync):
         self.config.algorithm.rollout_correction.bypass_mode = not self.objective.policy_gradient
 
     def on_sample_end(self) -> None:
+        self.now(f"the training of step {self.global_steps}")
         failed = self._take_failures(self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n)
-        self.pending = rollout_metrics(sums := self._take_rollout_sums())
+        sums = self._take_rollout_sums()
+        if bad := [name for name in ("student", "teacher") if sums.get(f"{name}_nan")]:
+            count, whose = sum(int(sums[f"{name}_nan"]) for name in bad), " and the ".join(bad)
+            raise RunError(
+                f"step {self.global_steps}: the rollout engine got NaN or infinite logits of the {whose} "
+                f"at {count} positions: look for NaN in its weights, or try actor_rollout_ref.rollout.dtype=float32; "
+                "trainer.resume_mode=resume_path goes on from an earlier checkpoint"
+            )
+        self.pending = rollout_metrics(sums)
         self.pending["trb/resubmitted"] = sums.get("resubmitted", 0.0)
         self.pending["trb/failed_rollouts"] = failed
         super().on_sample_end()
 
+    def on_step_end(self) -> None:
+        self.now(f"sending the weights of step {self.global_steps} to the rollout engine")
+        super().on_step_end()
+
     def _take_failures(self, rollouts: int) -> float:
         """How many of `rollouts` failed since the last call, with a warning that says why.
 
-        Raises RuntimeError if all did.
+        Raises RunError if all did, ComponentLost if a process has died.
         """
         workers = self.agent_loop_manager.agent_loop_workers
         failures = [failure for taken in ray.get([w.take_failures.remote() for w in workers]) for failure in taken]
+        if lost := next((failure for failure in failures if isinstance(failure, ComponentLost)), None):
+            raise ComponentLost(f"{lost}; {len(failures)} of {rollouts} rollouts of step {self.global_steps} failed")
         if len(failures) >= rollouts:
-            raise RuntimeError(f"all {rollouts} rollouts of step {self.global_steps} failed, with {failures[0]}")
+            raise RunError(f"all {rollouts} rollouts of step {self.global_steps} failed, with {failures[0]}")
         if failures:
             said = f"{len(failures)} of {rollouts} rollouts failed and were left out, the first with {failures[0]}"
             self.emit({"kind": "warning", "text": f"step {self.global_steps}: {said}"})
@@ -132,6 +165,15 @@ class DistillationTrainer(PPOTrainerSync):
         for name in ("reverse_kl", "teacher_entropy", "student_entropy", "teacher_logprob"):
             if f"actor/{name}" in metrics:  # not without the teacher
                 self.pending[f"trb/{name}"] = metrics.pop(f"actor/{name}")
+        # verl leaves out an update whose gradient is not finite, and says so in a log only.
+        skipped = not math.isfinite(metrics.get("actor/grad_norm", 0.0))
+        self.pending["trb/skipped_updates"] = float(skipped)
+        self.skipped = self.skipped + 1 if skipped else 0
+        if self.skipped == MAX_SKIPPED:
+            raise RunError(
+                f"the gradient was not finite at {MAX_SKIPPED} steps in a row, until step {self.global_steps}: lower "
+                "actor_rollout_ref.actor.optim.lr, or look for NaN in the models' weights"
+            )
         # log μ − log π_S with π_S from the trainer: what the engine sampled against what is trained.
         self.pending["trb/log_ratio_trainer"] = metrics.pop("actor/log_ratio", math.nan)
         return batch
@@ -139,6 +181,7 @@ class DistillationTrainer(PPOTrainerSync):
     # ------------------------------------------------------------------ what is recorded
 
     def _validate(self) -> dict[str, float]:
+        self.now(f"the validation at step {self.global_steps}")
         started = time.perf_counter()
         rollouts = len(self.val_dataset) * self.config.actor_rollout_ref.rollout.val_kwargs.n
         try:
@@ -166,7 +209,11 @@ class DistillationTrainer(PPOTrainerSync):
         if get_policy(self.config.trb.policy).marks_corrections:
             data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=[CORRECTED])
             metrics["trb/corrected"] = float(data[CORRECTED].values().double().mean())
+        responses = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["responses"])
+        last = [int(ids[-1]) if len(ids) else -1 for ids in responses["responses"].unbind()]
+        metrics["trb/eos_rate"] = float(np.mean([token == self.tokenizer.eos_token_id for token in last]))
         metrics["reward/mean"] = metrics["critic/score/mean"]
+        metrics["trb/restarts"] = self.restarts
         self._record(metrics, global_steps)
 
     def _record(self, metrics: dict[str, Any], step: int) -> None:
@@ -176,9 +223,21 @@ class DistillationTrainer(PPOTrainerSync):
         with open(self.run_dir / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
         self.emit({"kind": "step", "metrics": line, "total_steps": self.total_training_steps})
+        if step > 0:
+            self._warn(line)
+
+    def _warn(self, line: dict[str, Any]) -> None:
+        """What is odd about the step just recorded, each thing at most once in as many steps as it is compared with."""
+        step = line["step"]
+        self.history.append(line)
+        for what, text in guard_rails.warnings(list(self.history), self.config.trb.warn):
+            if step - self.warned.get(what, -guard_rails.WINDOW) >= guard_rails.WINDOW:
+                self.warned[what] = step
+                self.emit({"kind": "warning", "text": f"step {step}: {text}"})
 
     def export_student(self) -> Path:
         """The trained student as a Hugging Face folder, `student` in the run's folder."""
+        self.now("the export of the student")
         folder = self.run_dir / "student"
         self.actor_rollout_wg.export_student(str(folder))
         return folder

@@ -1,0 +1,179 @@
+"""Faults injected into real runs of the toy pair: each is survived, or stops the run with a sentence that names it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from verl_trb import checkpoints
+from verl_trb.report import read_metrics
+
+TIMEOUT = 900  # seconds for any one of the runs
+BATCH = 8
+SETTINGS = [
+    "recipe=quickstart",
+    "trb.warmup_steps=4",
+    "trainer.save_freq=1",
+    "trainer.test_freq=1000",
+    "trainer.val_before_train=false",
+    "data.val_max_samples=8",
+    f"data.train_batch_size={BATCH}",
+    f"actor_rollout_ref.actor.ppo_mini_batch_size={BATCH}",
+    f"actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu={BATCH}",
+]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * TIMEOUT)]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    folder = os.environ.get("VERL_TRB_TEST_CACHE")
+    return Path(folder) if folder else tmp_path_factory.mktemp("cache")
+
+
+class Run:
+    """One command in a folder of its own; `screen` is what it has printed."""
+
+    def __init__(self, run_dir: Path, cache: Path, steps: int, *overrides: str) -> None:
+        self.run_dir, self.output = run_dir, run_dir.with_suffix(".out")
+        command = [sys.executable, "-m", "verl_trb.main", *SETTINGS, f"trainer.total_training_steps={steps}"]
+        command += [f"trb.run_dir={run_dir}", f"trb.cache_dir={cache}", *overrides]
+        with open(self.output, "a") as output:
+            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+
+    @property
+    def screen(self) -> str:
+        return self.output.read_text()
+
+    def until(self, words: str) -> None:
+        deadline = time.monotonic() + TIMEOUT
+        while words not in self.screen:
+            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.screen}"
+            assert time.monotonic() < deadline, f"no {words!r} in {TIMEOUT} s:\n{self.screen}"
+            time.sleep(0.2)
+
+    def until_checkpoint(self, step: int) -> None:
+        deadline = time.monotonic() + TIMEOUT
+        while checkpoints.find(self.run_dir / "checkpoints").step < step:
+            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.screen}"
+            assert time.monotonic() < deadline, f"no checkpoint {step} in {TIMEOUT} s:\n{self.screen}"
+            time.sleep(0.05)
+
+    def send(self, name: str, number: signal.Signals) -> None:
+        """A signal to the run's processes whose title begins with `name`."""
+        members = psutil.Process(self.process.pid).children(recursive=True)
+        hit = [member for member in members if " ".join(member.cmdline()).startswith(name)]
+        assert hit, [" ".join(member.cmdline())[:60] for member in members]
+        for member in hit:
+            member.send_signal(number)
+
+    def end(self) -> int:
+        code = self.process.wait(timeout=TIMEOUT)
+        assert "Traceback" not in self.screen, self.screen
+        return code
+
+
+def test_processes_killed_and_hanging_are_replaced(tmp_path, cache):
+    """The engine is killed, then a rollout worker, then the engine hangs: three restarts, and every step is there."""
+    run = Run(tmp_path / "run", cache, 14, "trb.max_restarts=3", "trb.stall_seconds=90")
+    for number, (name, sign, said) in enumerate(
+        [
+            ("VLLM::EngineCore", signal.SIGKILL, "rollout engine"),
+            ("ray::DistillationAgentLoopWorker", signal.SIGKILL, "a rollout worker died"),
+            ("VLLM::EngineCore", signal.SIGSTOP, "nothing has moved for 90 s"),
+        ],
+        start=1,
+    ):
+        run.until_checkpoint(checkpoints.find(run.run_dir / "checkpoints").step + 2)
+        run.send(name, sign)
+        run.until(f"{number} of at most 3 times")
+        assert said in run.screen, run.screen
+    assert run.end() == 0, run.screen
+    steps = read_metrics(run.run_dir)
+    assert [line["step"] for line in steps] == list(range(1, 15))
+    assert steps[-1]["trb/restarts"] == 3
+    assert "waiting for the rollout engine" in run.screen
+    for line in steps:
+        assert line["trb/log_ratio_trainer"] == pytest.approx(line["trb/log_ratio"], abs=2e-5), "stale weights"
+
+
+REWARDS = """
+import time
+
+def hangs(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    time.sleep(100_000)
+"""
+
+
+def test_a_reward_function_that_hangs(tmp_path, cache):
+    """There is no checkpoint yet, so nothing to go on from: it stops, and says who waits for what."""
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    function = [f"reward.custom_reward_function.path={tmp_path}/rewards.py", "reward.custom_reward_function.name=hangs"]
+    run = Run(tmp_path / "run", cache, 2, *function, "trb.stall_seconds=45")
+    assert run.end() == 1
+    last = " ".join(run.screen.split())
+    assert "nothing has moved for 45 s (trb.stall_seconds)" in last
+    assert "the rollouts of step 1: 0 of 8 prompts done, waiting for the reward function (8 rollouts)" in last
+
+
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_nan_in_a_model(tmp_path, cache, whose):
+    """One NaN in a weight makes all logits NaN: the engine's are counted, and the run stops at its first step."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    made = next(folder for folder in cache.iterdir() if (folder / "student").is_dir())
+    model = AutoModelForCausalLM.from_pretrained(made / whose)
+    with torch.no_grad():
+        next(model.parameters())[:, 0] = torch.nan
+    model.save_pretrained(tmp_path / whose)
+    AutoTokenizer.from_pretrained(made / whose).save_pretrained(tmp_path / whose)
+    key = {"student": "actor_rollout_ref.model.path", "teacher": "trb.teacher.path"}[whose]
+    run = Run(tmp_path / "run", cache, 3, f"{key}={tmp_path / whose}")
+    assert run.end() == 1
+    assert f"step 1: the rollout engine got NaN or infinite logits of the {whose}" in " ".join(run.screen.split())
+
+
+def test_all_rollouts_truncated(tmp_path, cache):
+    """A warning that stays on the screen; the run goes on."""
+    run = Run(tmp_path / "run", cache, 2, "data.max_response_length=6")
+    assert run.end() == 0
+    assert "0% of the responses said their end" in " ".join(run.screen.split())
+    assert all(line["trb/eos_rate"] == 0 for line in read_metrics(run.run_dir))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of a given size at run/checkpoints; skipped where one may not be mounted."""
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+
+    def mount(size: int, *options: str) -> None:
+        command = ["mount", "-t", "tmpfs", "-o", ",".join([*options, f"size={size}"]), "tmpfs", str(folder)]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("needs root, to mount a small file system")
+
+    yield mount
+    subprocess.run(["umount", "-l", str(folder)], capture_output=True)
+
+
+def test_full_disk(tmp_path, cache, small_disk):
+    """The third checkpoint does not fit: a sentence, the second one is intact, and with room the run goes on."""
+    one = 1_250_000  # bytes: a little more than a checkpoint of the toy student
+    small_disk(int(2.5 * one))
+    run = Run(tmp_path / "run", cache, 4)
+    assert run.end() == 1
+    said = " ".join(run.screen.split())
+    assert "the checkpoint of step" in said and "could not be written" in said and "is intact" in said
+    before = checkpoints.find(run.run_dir / "checkpoints")
+    assert 1 <= before.step <= 3 and before.unusable == []
+    small_disk(20 * one, "remount")
+    assert Run(tmp_path / "run", cache, 4).end() == 0
+    assert [line["step"] for line in read_metrics(run.run_dir)] == [1, 2, 3, 4]
+    steps = [line["step"] for line in map(json.loads, (run.run_dir / "metrics.jsonl").read_text().splitlines())]
+    assert steps.count(before.step) == 1, "it did not go on from the intact checkpoint"

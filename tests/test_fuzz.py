@@ -95,7 +95,7 @@ def composed() -> DictConfig:
 def test_settings(composed, scale):
     """Any values for any few of our keys and of verl's that we check, together."""
 
-    @cases(80, scale)
+    @cases(20, 4 * scale if scale > 1 else 1)
     @given(st.dictionaries(st.sampled_from([*trb_keys(), *VERL_KEYS]), values, min_size=1, max_size=4))
     def check(changes):
         config = OmegaConf.create(OmegaConf.to_container(composed, resolve=False))

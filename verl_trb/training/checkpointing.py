@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from verl_trb import checkpoints
-from verl_trb.errors import RunError
+from verl_trb.errors import ComponentLost, RunError
+from verl_trb.faults import explain, innermost
 from verl_trb.training.watch import WatchedTrainer
 
 DATA = "data.json"  # where the data loader stands
@@ -36,10 +37,12 @@ class CheckpointingTrainer(WatchedTrainer):
             folder = checkpoints.finish(partial)
             checkpoints.record(root, step)
         except Exception as error:
+            if isinstance(explain(error), ComponentLost):
+                raise
             free = shutil.disk_usage(root).free if root.exists() else 0
             if partial is not None:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise RunError(_not_written(root, step, before, error, free)) from None
+            raise RunError(_not_written(root, step, before, innermost(error), free)) from None
         self.checkpoint_callback.on_save(trainer=self, global_step=step, checkpoint_dir=str(folder), async_save=False)
         checkpoints.prune(root, self.config.trainer.max_actor_ckpt_to_keep, newest=step)
 
@@ -67,9 +70,8 @@ class CheckpointingTrainer(WatchedTrainer):
         self.train_dataloader.load_state_dict(state)
 
 
-def _not_written(root: Path, step: int, before: int, error: Exception, free: int) -> str:
-    cause = getattr(error, "cause", None) or error  # of Ray's errors, what happened in the worker
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
+def _not_written(root: Path, step: int, before: int, error: BaseException, free: int) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     left = f"the checkpoint of step {before} is intact" if before else "there is no earlier one"
     return (
         f"the checkpoint of step {step} could not be written to {root} ({lines[0]}; {free / 2**20:.0f} MiB were free "

@@ -1,5 +1,6 @@
 """The Ray actor that runs the trainer, as verl's TaskRunner does, and keeps the events the driver shows."""
 
+import contextlib
 import os
 import traceback
 from typing import Any
@@ -58,6 +59,7 @@ class DistillationTaskRunner:
             traceback.print_exc()  # into the logs; the driver shows the sentence
             raise explain(error, trainer.doing if trainer else "the start") from None
         finally:
-            if getattr(trainer, "logger", None) is not None:
-                trainer.logger.finish(exit_code=0)
-            tq.close()
+            with contextlib.suppress(Exception):  # where a process has died, these fail too
+                if getattr(trainer, "logger", None) is not None:
+                    trainer.logger.finish(exit_code=0)
+                tq.close()

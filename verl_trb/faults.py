@@ -31,7 +31,7 @@ def explain(error: BaseException, doing: str = "") -> RunError:
     during = f" during {doing}" if doing else ""
     if type(cause).__name__ in ENGINE_DEAD:
         return ComponentLost(f"the rollout engine's process ended{during} (its output is in logs/)")
-    if isinstance(cause, ray.exceptions.RayActorError):
+    if isinstance(cause, ray.exceptions.RayActorError) and not cause.actor_init_failed:
         match = CLASS_NAME.search(str(cause))
         name = match[1] if match else ""
         return ComponentLost(f"{COMPONENTS.get(name, name or 'a process')} died{during}")

@@ -20,7 +20,7 @@ SEED = "trb_seed"
 class BlendedRequest:
     """params: the rollout policy's parameters by name, None for the student alone. forced_token: the prompt's last
     token id. policy: its name, None for the run's own. trace: a name under which its tokens are traced (trace.py), None
-    for no trace. seed: of the generators that draw its tokens; only where it is alone in the engine (trb.deterministic).
+    for no trace. seed: of the generators that draw its tokens, where it is alone in the engine (trb.deterministic).
     """
 
     params: dict[str, float] | None

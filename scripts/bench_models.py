@@ -1,6 +1,6 @@
 """The pair of models of the benchmarks: a student of 42M and a teacher of 335M parameters, bfloat16, V = 32,000.
 
-    python scripts/bench_models.py FOLDER      # FOLDER/student and FOLDER/teacher, 0.8 GB, seconds; the benchmarks call it
+    python scripts/bench_models.py FOLDER    # FOLDER/student and FOLDER/teacher, 0.8 GB; the benchmarks make them
 
 The weights are random, scaled so that logits have a standard deviation of 3, as language models' have. Two random
 models disagree at every prefix, so a trust region of epsilon = 0.02 always binds: its total variation, and so the
@@ -61,12 +61,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(shape: dict[str, int], seed: int) -> Qwen3ForCausalLM:
+def make_model(shape: dict[str, int], seed: int, size: int = VOCABULARY) -> Qwen3ForCausalLM:
     """A random model in bfloat16, output layer and embedding tied."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         **shape,
-        vocab_size=VOCABULARY,
+        vocab_size=size,
         head_dim=64,
         max_position_embeddings=4096,
         tie_word_embeddings=True,

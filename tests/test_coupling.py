@@ -9,7 +9,7 @@ import oracles
 import pytest
 import torch
 
-from verl_trb.coupling import couple, mark_corrections
+from verl_trb.coupling import couple, draw, mark_corrections
 from verl_trb.trust_region import blend
 
 ALPHA = 1e-4  # a correct coupling fails each chi-square test with this probability; the seeds are fixed
@@ -240,3 +240,16 @@ def test_the_mark_of_a_correction_is_its_sign():
     marked = mark_corrections(logp, corrected)
     assert torch.equal(marked > 0, corrected)
     torch.testing.assert_close(-marked.abs(), logp.clamp(max=0), rtol=0, atol=1e-30)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 37.0])
+def test_draws_are_in_proportion_to_the_weights(scale: float) -> None:
+    """χ² of 200,000 draws at 9 degrees of freedom, beyond 45 with probability 1e-6; weights of 0 are never drawn."""
+    weight_V = torch.tensor([0.0, 3.0, 0.0, 1.0, 0.5, 7.0, 2.0, 2.0, 4.0, 1.5, 0.1, 9.0, 0.0])
+    count = 200_000
+    token_B = draw((scale * weight_V).expand(count, -1), torch.Generator().manual_seed(0))
+    drawn_V = token_B.bincount(minlength=len(weight_V)).double()
+    expected_V = count * (weight_V / weight_V.sum()).double()
+    assert (drawn_V[weight_V == 0] == 0).all()
+    some_V = weight_V > 0
+    assert float(((drawn_V - expected_V)[some_V] ** 2 / expected_V[some_V]).sum()) < 45

@@ -115,7 +115,23 @@ def _correct(log_mu_BV: Tensor, logp_student_BV: Tensor, generator: torch.Genera
     # than that.
     empty_B = ~(residual_BV.sum(-1) > 0)
     weight_BV = torch.where(empty_B[:, None], mu_BV, residual_BV)
-    # argmax of weight / Exp(1) is a draw in proportion to the weights, without normalizing or a cumulative
-    # sum.
-    clock_BV = torch.empty_like(weight_BV).exponential_(generator=generator)
-    return (weight_BV / clock_BV.clamp_min_(torch.finfo(clock_BV.dtype).tiny)).argmax(-1)
+    return draw(weight_BV, generator)
+
+
+def draw(weight_BV: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One id a row, int64 [B], in proportion to weights >= 0 that need not add up to 1; never one of weight 0.
+
+    On a CPU by one uniform number a row and the cumulative weights in float64: an exponential variate a token, the
+    usual way on a GPU, costs there as much as a small model's forward pass.
+    """
+    if weight_BV.device.type != "cpu":
+        # argmax of weight / Exp(1) is such a draw, without normalizing.
+        clock_BV = torch.empty_like(weight_BV).exponential_(generator=generator)
+        return (weight_BV / clock_BV.clamp_min_(torch.finfo(clock_BV.dtype).tiny)).argmax(-1)
+    sum_BV = weight_BV.cumsum(-1, dtype=torch.float64)
+    uniform_B1 = torch.rand(len(weight_BV), 1, dtype=torch.float64, generator=generator)
+    return (
+        torch.searchsorted(sum_BV, uniform_B1 * sum_BV[:, -1:], right=True)
+        .squeeze(-1)
+        .clamp_max_(weight_BV.shape[-1] - 1)
+    )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from verl_trb.policies import policy_names
 from verl_trb.rollout.generation import Rollout
+from verl_trb.rollout.request import BlendedRequest
 
 ALPHA, POWER = 1e-6, 1e-12
 POLICIES: dict[str, dict[str, float]] = {
@@ -161,6 +162,42 @@ def test_other_policies_return_log_probabilities_as_they_are(blended: BlendedEng
     run = make_run(blended, "trb", some_prompts(100, 7), tokens=10)
     assert any(flag for rollout in run.rollouts for flag in rollout.raw.corrected)
     assert max(logp for rollout in run.rollouts for logp in rollout.logprobs) < 1e-5
+
+
+def test_traces_are_the_rollouts_and_leave_no_trace(blended: BlendedEngine) -> None:
+    """Traced requests return what the sampler saw; the random numbers afterwards are as if they had not been."""
+    blended.use("trb")
+    prompts, eos = some_prompts(40, 7), blended.vocabulary.student_eos
+    torch.manual_seed(0)
+    blended.llm.collective_rpc("begin_traces")
+    before = torch.get_rng_state()
+    asked = {"temperature": 1.0, "max_tokens": 11, "logprobs": 0, "detokenize": False, "stop_token_ids": [eos]}
+    requests = [
+        {**asked, "extra_args": BlendedRequest(POLICIES["trb"], p[-1], None, f"{i}").extra_args()}
+        for i, p in enumerate(prompts)
+    ]
+    blended.corrected.clear()
+    outputs = blended.generate([p[:-1] for p in prompts], requests)
+    assert not torch.equal(torch.get_rng_state(), before)
+    traces = blended.llm.collective_rpc("take_traces")[0]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert blended.llm.collective_rpc("take_traces")[0] == {}
+
+    corrections = 0
+    for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+        trace, answer = traces[str(i)], output.outputs[0]
+        assert trace["tokens"] == list(answer.token_ids)[1:]
+        flags = blended._blocks_of(blended.corrected, output.request_id, len(trace["tokens"]), len)
+        assert trace["corrected"] == [flag for block in flags for flag in block]
+        logprobs = [entry[token].logprob for token, entry in zip(answer.token_ids, answer.logprobs, strict=True)]
+        assert trace["log_mu"] == pytest.approx(logprobs[1:])
+        rollout = Rollout(token_ids=trace["tokens"], logprobs=logprobs[1:])
+        visited = visit([prompt], [rollout], [0.0], blended.pair.student, blended.pair.teacher, blended.vocabulary)
+        assert trace["logp_student"] == pytest.approx(visited.at_token(visited.student_NV).tolist(), abs=1e-3)
+        for token, draft, corrected in zip(trace["tokens"], trace["drafts"], trace["corrected"], strict=True):
+            assert corrected == (token != draft)
+        corrections += sum(trace["corrected"])
+    assert corrections > 10
 
 
 def test_temperature_does_without_the_teacher(blended: BlendedEngine) -> None:

@@ -72,6 +72,7 @@ INTERFACES: dict[str, tuple[str, ...]] = {
     "verl.workers.engine.fsdp.transformer_impl": (
         "FSDPEngine._build_module",
         "FSDPEngine._build_fsdp_module",
+        "FSDPEngine._merged_lora_per_tensor_param",
         "FSDPEngineWithLMHead.forward_step",
         "FSDPEngineWithLMHead.prepare_model_outputs",
     ),

@@ -57,7 +57,10 @@ def check_rows(file: Path, rows: Sequence[dict[str, Any]], data: DictConfig) -> 
     for column in columns:
         if column not in rows[0]:
             have = ", ".join(rows[0]) or "none"
-            raise UserError(f"{file}: row 0 has no column {column!r}; it has {have}.")
+            raise UserError(
+                f"{file}: row 0 has no column {column!r}; it has {have}, and verl's format has {', '.join(columns)} "
+                "(python -m verl_trb.prepare_data makes it)."
+            )
     for number, row in enumerate(rows):
         for column, check in zip(columns, (_prompt_fault, _source_fault, _answer_fault), strict=True):
             if fault := check(row.get(column)):

@@ -136,7 +136,6 @@ def check_verl_settings(config: DictConfig) -> None:
         f"{ROLLOUT}.logprobs_mode": (rollout.logprobs_mode, "processed_logprobs"),
         f"{ROLLOUT}.pipeline_model_parallel_size": (rollout.pipeline_model_parallel_size, 1),
         "actor_rollout_ref.hybrid_engine": (config.actor_rollout_ref.hybrid_engine, True),
-        "actor_rollout_ref.model.lora_rank": (model.lora_rank, 0),
         "model_engine": (config.get("model_engine", "dp"), "dp"),
         "trainer.use_v1": (config.trainer.use_v1, True),
         "trainer.v1.trainer_mode": (config.trainer.v1.trainer_mode, "sync"),
@@ -145,9 +144,37 @@ def check_verl_settings(config: DictConfig) -> None:
     for key, (value, needed) in required.items():
         if value != needed:
             raise UserError(f"{key} must be {str(needed).lower()} for verl_trb, got {value}.")
+    if model.lora_rank or model.lora.rank or model.lora_adapter_path:
+        _check_lora(config)
     strategies = ("fsdp", "fsdp2")
     if config.actor_rollout_ref.actor.strategy not in strategies:
         raise UserError(f"actor_rollout_ref.actor.strategy must be {' or '.join(strategies)} for verl_trb.")
+
+
+def _check_lora(config: DictConfig) -> None:
+    """Adapters of linear layers, which the rollout engine gets merged into its student."""
+    model = config.actor_rollout_ref.model
+    where = "actor_rollout_ref.model"
+    if not model.lora_rank:
+        raise UserError(f"Adapters are asked for by {where}.lora_rank=RANK, not lora.rank or lora_adapter_path alone.")
+    if not model.lora.merge:
+        raise UserError(
+            f"{where}.lora_rank={model.lora_rank} needs {where}.lora.merge=true: the rollout engine's student gets the "
+            "adapters merged into its weights."
+        )
+    targets = [model.target_modules] if isinstance(model.target_modules, str) else list(model.target_modules or [])
+    if outer := [name for name in targets if "lm_head" in name or "embed" in name]:
+        raise UserError(
+            f"{where}.target_modules has {outer[0]}, but adapters can only be on the linear layers inside the model; "
+            "all-linear takes those."
+        )
+    if config.actor_rollout_ref.actor.strategy != "fsdp2":
+        raise UserError(f"{where}.lora_rank={model.lora_rank} needs actor_rollout_ref.actor.strategy=fsdp2.")
+    if config.actor_rollout_ref.actor.use_kl_loss:
+        raise UserError(
+            f"{where}.lora_rank={model.lora_rank} with actor_rollout_ref.actor.use_kl_loss=true (method=exopd) has not "
+            "been tried here and is refused; train the whole student, or choose another loss."
+        )
 
 
 def check_batches(config: DictConfig) -> None:

@@ -56,7 +56,7 @@ def _toy(name: str) -> tuple[Callable[[int], Any], Callable[[Path, Any, Progress
         teacher = _folder(folder.parent, f"{name}-teacher", [shape, sft])
         if not teacher.exists():
             train_teacher = functools.partial(toy_models.make_trained, task, shape, sft, "teacher", progress)
-            _make_once(teacher, train_teacher, progress)
+            make_once(teacher, train_teacher, progress)
         shutil.copytree(teacher, folder / "teacher")
         shape, sft = settings.student, settings.student_sft
         toy_models.make_trained(task, shape, sft, "student", progress, folder / "student")
@@ -109,7 +109,7 @@ def prepare(
     folder = _folder(Path(cache_dir).expanduser().absolute(), name, [settings])
     if not folder.exists():
         report = progress or (lambda line: None)
-        _make_once(folder, lambda partial: make(partial, settings, report), report)
+        make_once(folder, lambda partial: make(partial, settings, report), report)
     return Prepared(
         student=folder / "student",
         teacher=folder / "teacher",
@@ -118,6 +118,7 @@ def prepare(
     )
 
 
+<<<<<<< HEAD
 def _folder(cache_dir: Path, name: str, settings: list[Any]) -> Path:
     """The folder of what `settings` (dataclasses) make."""
     key = json.dumps([RECIPE_VERSION, *map(dataclasses.asdict, settings)], sort_keys=True)
@@ -125,6 +126,9 @@ def _folder(cache_dir: Path, name: str, settings: list[Any]) -> Path:
 
 
 def _make_once(folder: Path, make: Callable[[Path], None], progress: Progress) -> None:
+=======
+def make_once(folder: Path, make: Callable[[Path], None], progress: Progress) -> None:
+>>>>>>> b6a89c5 (Evaluation of models, checkpoints and runs; low-rank adapters merged into what the engine gets; the wheel's check)
     """Calls `make` on a temporary folder, then renames it; one process at a time, nothing left on failure."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -5,11 +5,13 @@ Registered with verl for the vendors "nvidia" and "cpu", whose entries verl pref
 
 import dataclasses
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
 from verl.workers.engine import EngineRegistry
@@ -17,6 +19,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from verl_trb.divergences import SAMPLED, get_divergence, reverse_kl
 from verl_trb.training.head import COLUMNS, DistillationHead, TokenLossRequest
+from verl_trb.training.lora import merged
 from verl_trb.training.loss import objective_of
 from verl_trb.training.teacher import Teacher
 from verl_trb.vocabulary import SharedVocabulary
@@ -49,6 +52,21 @@ class DistillationEngine(FSDPEngineWithLMHead):
             return super()._build_fsdp_module(module)
         finally:
             self.engine_config = config
+
+    def _merged_lora_per_tensor_param(self) -> Iterator[tuple[str, Tensor]]:
+        """The student with its adapters merged, parameter by parameter: what a weight sync sends.
+
+        verl's merges in place, restores the weights from a copy, and rounds all to bfloat16, whatever the engine has.
+        """
+        device = get_device_id()
+
+        def whole(parameter: Tensor) -> Tensor:
+            if isinstance(parameter, DTensor):
+                moved: Any = parameter.to(device)
+                return moved.full_tensor()
+            return parameter.detach().clone()
+
+        yield from merged(self.module.state_dict(), self.model_config.lora_alpha / self.model_config.lora_rank, whole)
 
     def attach_teacher(self, teacher: Teacher, vocabulary: SharedVocabulary, topk: int, chunk_tokens: int) -> None:
         """topk: k of the top-k losses; chunk_tokens: tokens whose logits exist at one time."""

@@ -1,6 +1,5 @@
 """verl's hybrid worker with the frozen teacher next to the student's FSDP engine and its vLLM rollout."""
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 import verl_trb.rollout.server  # noqa: F401  registers the rollout engine with verl in this process
 import verl_trb.training.engine  # noqa: F401  registers the training engine
 from verl_trb.schedules import warmup_factor
+from verl_trb.training.export import save_student, source_dtype
 from verl_trb.training.loss import DistillationLoss
 from verl_trb.training.teacher import Teacher
 from verl_trb.vocabulary import from_tokenizers
@@ -70,21 +70,15 @@ class DistillationWorker(ActorRolloutRefWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def export_student(self, folder: str) -> None:
-        """Write the student as a Hugging Face folder (safetensors, tokenizer), in the dtype it came in."""
+        """Write the student as a Hugging Face folder, in the dtype it came in, with adapters merged."""
         engine = self.actor.engine
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state: dict[str, Any] = get_model_state_dict(engine.module, options=options)
+        if engine.model_config.lora_rank:
+            state: dict[str, Any] = {name: value.cpu() for name, value in engine.get_per_tensor_param()[0]}
+        else:
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            state = get_model_state_dict(engine.module, options=options)
         if torch.distributed.get_rank() == 0:
-            from transformers import AutoModelForCausalLM
-
-            config = engine.model_config.hf_config
-            source = json.loads((Path(engine.model_config.local_path) / "config.json").read_text())
-            dtype = getattr(torch, source.get("dtype") or source.get("torch_dtype") or "float32")
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-            target = Path(folder)
-            model.save_pretrained(target, state_dict={name: value.to(dtype) for name, value in state.items()})
-            engine.model_config.tokenizer.save_pretrained(target)
-            if engine.model_config.generation_config is not None:
-                engine.model_config.generation_config.save_pretrained(target)
+            model = engine.model_config
+            dtype = source_dtype(Path(model.local_path))
+            save_student(Path(folder), state, model.hf_config, dtype, model.tokenizer, model.generation_config)
         torch.distributed.barrier()

@@ -1,0 +1,1 @@
+"""Accuracy of models on sets of problems; `python -m verl_trb.evaluate` is the command."""

@@ -382,7 +382,9 @@ def test_table_and_picture(tmp_path: Path) -> None:
     results = [
         (candidate, scores(right)) for candidate, right in zip([lone, *runs], (0.9, 0.1, 0.5, 0.2, 0.4), strict=True)
     ]
-    assert "| a@10 | amc23 | 10 × 2 | 50.0 [20.0, 80.0] | 50.0" in markdown(results, 0)
+    text = markdown(results, 0)
+    assert "| a@10 | amc23 | 10 × 2 | 50.0 [20.0, 80.0] | 50.0 [20.0, 80.0] | -40.0 [-70.0, -10.0] | 10 | 0% |" in text
+    assert "| teacher | mean |  | 90.0 [" in text
     assert means(results[2][1], 0)[1].mean == 0.5 and isinstance(means(results[2][1], 0)[1], Interval)
     assert len(table(results, 0).rows) == 5
     for name, some in (("curves.png", results), ("points.png", results[:1])):

@@ -93,7 +93,7 @@ def test_settings_that_cannot_be(overrides: list[str], sentence: str, toy: ToyRu
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_a_run_with_adapters(tmp_path: Path) -> None:
     """Engine and trainer agree on the student at every step; only the adapters' layers change; the export is the
     checkpoint, merged; a resumed run goes on.
@@ -105,9 +105,7 @@ def test_a_run_with_adapters(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "verl_trb.main", "recipe=quickstart_lora", f"trb.cache_dir={cache}"]
     command += [f"trb.run_dir={run}", "trb.warmup_steps=3", "trainer.test_freq=6", "data.val_max_samples=64"]
     for steps in (3, 6):
-        subprocess.run(
-            [*command, f"trainer.total_training_steps={steps}", "trainer.save_freq=3"], check=True, timeout=560
-        )
+        subprocess.run([*command, f"trainer.total_training_steps={steps}", "trainer.save_freq=3"], check=True)
     rows = [row for row in read_metrics(run) if row["step"] > 0]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     # log mu - log pi_S by the trainer: KL within the trust region, then 0 but for rounding.

@@ -129,7 +129,13 @@ def _one_model(
 
             def judged(response: Any) -> tuple[str, Any]:
                 name, index, problem = by_key[response.key]
-                value = scorer(functions[rewards[name]], problem)(response.text)
+                try:
+                    value = scorer(functions[rewards[name]], problem)(response.text)
+                except Exception as error:  # whatever a function of the user's raises
+                    raise UserError(
+                        f"The reward function {rewards[name]} failed on problem {problem.id!r} of {name} "
+                        f"({type(error).__name__}: {error})."
+                    ) from error
                 return name, Sample(problem.id, index, value, response.tokens, response.finish, response.text)
 
             started, tokens = time.monotonic(), 0

@@ -59,10 +59,21 @@ def means(scores: Mapping[str, Score], seed: int) -> dict[int, Interval]:
     return {k: bootstrap([score.values[k] for score in scores.values()], seed=seed) for k in ks}
 
 
+def differences(first: Mapping[str, Score], other: Mapping[str, Score], seed: int) -> dict[str, Interval]:
+    """pass@1 of `other` less that of `first`, by set and for their mean: problem by problem, so that what makes a
+    problem hard for both does not widen the interval.
+    """
+    values = {name: other[name].values[1] - first[name].values[1] for name in first}
+    found = {name: bootstrap([one], seed=seed) for name, one in values.items()}
+    return {**found, MEAN: bootstrap(list(values.values()), seed=seed)}
+
+
 Results = Sequence[tuple[Candidate, dict[str, Score]]]
 
 
 def as_json(results: Results, seed: int) -> list[dict[str, Any]]:
+    """One record a model; differences are from the first."""
+    first = results[0][1]
     return [
         {
             "model": candidate.name,
@@ -71,6 +82,7 @@ def as_json(results: Results, seed: int) -> list[dict[str, Any]]:
             "step": candidate.step,
             "sets": {name: score.as_dict() for name, score in scores.items()},
             MEAN: {f"pass@{k}": interval._asdict() for k, interval in means(scores, seed).items()},
+            "difference": {name: i._asdict() for name, i in differences(first, scores, seed).items()},
         }
         for candidate, scores in results
     ]
@@ -103,28 +115,29 @@ def table(results: Results, seed: int) -> Table:
 
 
 def markdown(results: Results, seed: int) -> str:
-    """The same as a Markdown table; sets below each other."""
-    names = list(results[0][1])
-    ks = list(results[0][1][names[0]].passes)
+    """The same as a Markdown table, a row for each model and set, with the differences from the first model."""
+    first, names = results[0][1], list(results[0][1])
+    ks = list(first[names[0]].passes)
+    heads = ["model", "set", "problems × samples", *(f"pass@{k}" for k in ks), f"less {results[0][0].name}'s pass@1"]
     lines = ["Accuracy in percent, with 95% bootstrap intervals over problems.", ""]
-    lines += [f"| model | set | problems × samples | {' | '.join(f'pass@{k}' for k in ks)} | tokens | cut off |"]
-    lines += [f"|---|---|---|{'---|' * len(ks)}---|---|"]
+    lines += [f"| {' | '.join(heads)} | tokens | cut off |", f"|{'---|' * (len(heads) + 2)}"]
     for candidate, scores in results:
-        for name, one in scores.items():
-            cells = " | ".join(percent(one.passes[k]).replace("\n", " ") for k in ks)
-            size = f"{one.problems} × {one.n}"
-            lines.append(
-                f"| {candidate.name} | {name} | {size} | {cells} | {one.mean_tokens:,.0f} | {one.truncated:.0%} |"
-            )
+        less = differences(first, scores, seed)
+        rows = {name: (one.passes, f"{one.problems} × {one.n}", one) for name, one in scores.items()}
         if len(names) > 1:
-            mean = means(scores, seed)
-            cells = " | ".join(percent(mean[k]).replace("\n", " ") for k in ks)
-            lines.append(f"| {candidate.name} | *{MEAN}* | | {cells} | | |")
+            rows[MEAN] = means(scores, seed), "", None
+        for name, (passed, size, one) in rows.items():
+            cells = [percent(passed[k]) for k in ks]
+            cells.append("" if scores is first else percent(less[name], sign="+"))
+            cells += [f"{one.mean_tokens:,.0f}", f"{one.truncated:.0%}"] if one else ["", ""]
+            lines.append(f"| {candidate.name} | {name} | {size} | {' | '.join(cells)} |".replace("\n", " "))
     return "\n".join(lines) + "\n"
 
 
-def percent(interval: Interval) -> str:
-    return f"{100 * interval.mean:.1f}\n[{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+def percent(interval: Interval, sign: str = "") -> str:
+    """A mean above its interval; `sign` "+" for differences."""
+    mean, low, high = (format(100 * value, f"{sign}.1f") for value in interval)
+    return f"{mean}\n[{low}, {high}]"
 
 
 def _shown(score: Score) -> list[int]:

@@ -113,6 +113,7 @@ def test_rewards_are_those_of_the_source(tmp_path: Path) -> None:
     judge = scorer(reward, one.problems[0])
     assert [judge(text) for text in (r"so \boxed{6}", "Answer: 6.0", "7")] == [1.0, 1.0, 0.0]
     assert reward_name(replace(one, name="table_walk_selection"), None).startswith("verl_trb.tasks.table_walk:")
+    assert load_reward(reward_name(replace(one, name="guess_work_check_recovery"), None)).__module__.endswith("_check")
     assert reward_name(replace(one, name="reasoning_gym/chain_sum"), None).startswith("verl_trb.rewards.math:")
     with pytest.raises(
         UserError, match="no reward function is known for the data_source 'mine'; name one with --reward"

@@ -18,7 +18,8 @@ from verl_trb.data.sources import REASONING_GYM, SOURCES, find_source
 from verl_trb.data_files import check_rows, read_rows
 from verl_trb.errors import UserError
 
-MATH, TABLE_WALK = "verl_trb.rewards.math:compute_score", "verl_trb.tasks.table_walk:compute_score"
+MATH = "verl_trb.rewards.math:compute_score"
+TOYS = "table_walk", "guess_work_check"  # tasks of verl_trb/tasks; their sources begin with their names
 Score = Callable[[str], float]  # of a response's text
 
 
@@ -92,8 +93,9 @@ def reward_name(problems: ProblemSet, chosen: str | None) -> str:
     """A set's reward function, MODULE:NAME or FILE.py:NAME: the one chosen, else the source's. Raises UserError."""
     if chosen:
         return chosen
-    if problems.name.startswith("table_walk"):
-        return TABLE_WALK
+    for toy in TOYS:
+        if problems.name.startswith(toy):
+            return f"verl_trb.tasks.{toy}:compute_score"
     if problems.name in SOURCES or problems.name.startswith(REASONING_GYM):
         return MATH
     raise UserError(

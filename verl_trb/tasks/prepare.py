@@ -118,17 +118,13 @@ def prepare(
     )
 
 
-<<<<<<< HEAD
 def _folder(cache_dir: Path, name: str, settings: list[Any]) -> Path:
     """The folder of what `settings` (dataclasses) make."""
     key = json.dumps([RECIPE_VERSION, *map(dataclasses.asdict, settings)], sort_keys=True)
     return cache_dir / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
-def _make_once(folder: Path, make: Callable[[Path], None], progress: Progress) -> None:
-=======
 def make_once(folder: Path, make: Callable[[Path], None], progress: Progress) -> None:
->>>>>>> b6a89c5 (Evaluation of models, checkpoints and runs; low-rank adapters merged into what the engine gets; the wheel's check)
     """Calls `make` on a temporary folder, then renames it; one process at a time, nothing left on failure."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,9 @@ OUT, FOLDER, CACHE = "runs/evaluation", "~/data/verl_trb", "~/.cache/verl_trb"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, 2 after one sentence on stderr, 130 after Ctrl-C."""
+    """Exit code 0, 2 after one sentence on stderr, 1 if vLLM failed, 130 after Ctrl-C."""
+    from verl_trb.evaluation.sampling import EngineFailed
+
     options = _parser().parse_args(arguments)
     try:
         _check(options)
@@ -41,6 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except EngineFailed as error:
+        log = options.out / "evaluate.log"
+        print(f"error: {error}; its output is in {log}, and the same command goes on where it was.", file=sys.stderr)
+        return 1
     except OSError as error:
         print(f"error: {error.filename or options.out} cannot be read or written ({error.strerror}).", file=sys.stderr)
         return 2

@@ -123,13 +123,15 @@ def markdown(results: Results, seed: int) -> str:
     lines += [f"| {' | '.join(heads)} | tokens | cut off |", f"|{'---|' * (len(heads) + 2)}"]
     for candidate, scores in results:
         less = differences(first, scores, seed)
-        rows = {name: (one.passes, f"{one.problems} × {one.n}", one) for name, one in scores.items()}
+        rows: dict[str, tuple[dict[int, Interval], str, Score | None]] = {
+            name: (one.passes, f"{one.problems} × {one.n}", one) for name, one in scores.items()
+        }
         if len(names) > 1:
             rows[MEAN] = means(scores, seed), "", None
-        for name, (passed, size, one) in rows.items():
+        for name, (passed, size, own) in rows.items():
             cells = [percent(passed[k]) for k in ks]
             cells.append("" if scores is first else percent(less[name], sign="+"))
-            cells += [f"{one.mean_tokens:,.0f}", f"{one.truncated:.0%}"] if one else ["", ""]
+            cells += [f"{own.mean_tokens:,.0f}", f"{own.truncated:.0%}"] if own else ["", ""]
             lines.append(f"| {candidate.name} | {name} | {size} | {' | '.join(cells)} |".replace("\n", " "))
     return "\n".join(lines) + "\n"
 

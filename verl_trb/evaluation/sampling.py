@@ -13,8 +13,12 @@ from typing import Any, NamedTuple
 
 from verl_trb.errors import UserError
 
-CPU_CACHE_BYTES = 1 << 30
+CPU_CACHE_BYTES, CPU_SEQUENCES = 1 << 30, 64
 CPU_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+
+class EngineFailed(RuntimeError):
+    """vLLM failed in the middle; samples that are written stay."""
 
 
 class Request(NamedTuple):
@@ -87,7 +91,13 @@ class Engine:
         }
         if get_device_name() == "cpu":
             os.environ.update(CPU_ENVIRONMENT)
-            arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": CPU_CACHE_BYTES}
+            arguments |= {
+                "enforce_eager": True,
+                "kv_cache_memory_bytes": CPU_CACHE_BYTES,
+                "max_num_seqs": CPU_SEQUENCES,
+            }
+            # A prompt read in pieces makes vLLM wind a request's random generator back, which torch's on a CPU cannot.
+            arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(2048, length)}
         from vllm import LLM
 
         try:
@@ -125,7 +135,12 @@ class Engine:
             )
             engine.add_request(request.key, {"prompt_token_ids": request.prompt_ids}, params)
         while engine.has_unfinished_requests():
-            for output in engine.step():
+            try:
+                outputs = engine.step()
+            except Exception as error:
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].rstrip(".")
+                raise EngineFailed(f"vLLM failed while it was sampling ({reason})") from error
+            for output in outputs:
                 if output.finished:
                     answer = output.outputs[0]
                     ids = list(answer.token_ids)

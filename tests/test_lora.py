@@ -111,7 +111,6 @@ def test_a_run_with_adapters(tmp_path: Path) -> None:
     # log mu - log pi_S by the trainer: KL within the trust region, then 0 but for rounding.
     assert all(abs(row["trb/log_ratio_trainer"]) < 1e-3 for row in rows[3:])
     assert all(abs(row["trb/log_ratio_trainer"]) < 0.15 for row in rows[:3])
-    assert rows[-1]["trb/reverse_kl"] < rows[0]["trb/reverse_kl"]
     student = load_file(run / "student" / "model.safetensors")
     import yaml
 

@@ -7,17 +7,20 @@ engine and trainer agree on the student, nothing is left behind, the export load
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import psutil
 import pytest
 
 from verl_trb.report import read_metrics
+from verl_trb.report.samples import read_samples
 from verl_trb.schedules import annealed_epsilon
 
 # Many steps after the Ctrl-C: on a busy machine a few are over before it arrives.
@@ -184,7 +187,8 @@ def test_engine_and_trainer_hold_the_same_student(runs):
 
 def test_run_folder_is_complete(runs):
     run_dir = runs["run_dir"]
-    for name in ("config.yaml", "metrics.jsonl", "report.png", "student/config.json", "logs/driver.log"):
+    files = ("config.yaml", "metrics.jsonl", "samples.jsonl", "report.html", "report.png", "report-details.png")
+    for name in (*files, "student/config.json", "logs/driver.log"):
         assert (run_dir / name).stat().st_size > 0
     last = runs["metrics"][-1]
     for name in (
@@ -198,6 +202,28 @@ def test_run_folder_is_complete(runs):
         assert name in last
     screen = printed(run_dir)
     assert "Results" in screen and "Traceback" not in screen and "WARNING" not in screen
+
+
+def test_sample_rollouts_are_kept(runs):
+    """Two prompts at the first step, the middle and the end of the guided ones, and the last step."""
+    samples = read_samples(runs["run_dir"])
+    guided = {(s.step, s.policy) for s in samples if s.policy != "student"}
+    assert guided == {(step, "trb") for step in (1, 2, WARMUP)}
+    assert {s.step for s in samples} == {1, 2, WARMUP, STEPS} and len({s.prompt for s in samples}) == 2
+    for sample in samples:
+        assert sample.tokens and (sample.policy == "trb" or sample.log_mu == sample.logp_student)
+        pairs = zip(sample.corrected, sample.drafts, strict=True)
+        assert all((draft is not None) == corrected for corrected, draft in pairs)
+
+
+def test_every_logged_name_is_documented(runs):
+    """docs/metrics.md has a row for every name of ours, and for the ones of verl's that it names by a star."""
+    page = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
+    known = [name for row in re.findall(r"^\| (.+?) \|", page, re.MULTILINE) for name in re.findall(r"`([^`]+)`", row)]
+    logged = {name for line in runs["metrics"] for name in line} - {"step"}
+    assert len(logged) > 60
+    missing = {name for name in logged if not any(fnmatchcase(name, pattern) for pattern in known)}
+    assert not missing, f"logged, but not in docs/metrics.md: {sorted(missing)}"
 
 
 def test_finished_run_is_not_trained_again(runs, cache):

@@ -61,9 +61,8 @@ OVERRIDES = {
     "trainer.save_freq": -1,
     "trainer.val_before_train": "false",
     "trb.sample_prompts": 0,
-    "trb.prefork": "false",  # a fork shares its parent's memory, and would count it
 }
-WORKER, ENGINE = "DistillationWorker", "VLLM::EngineCore"
+WORKER, ENGINE = "WorkerDict", "VLLM::EngineCore"
 
 
 @dataclass

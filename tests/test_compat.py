@@ -64,7 +64,7 @@ def test_missing_package(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_build_suffix_is_no_mismatch(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(compat, "_version", lambda package: (compat.VERSIONS | compat.VLLM)[package] + "+cpu")
+    monkeypatch.setattr(compat, "installed_version", lambda package: (compat.VERSIONS | compat.VLLM)[package] + "+cpu")
     compat.check_versions()
 
 

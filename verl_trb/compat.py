@@ -35,6 +35,7 @@ INTERFACES: dict[str, tuple[str, ...]] = {
         "get_platform",
     ),
     "verl.plugin.platform.platform_base": ("PlatformBase",),
+    "verl.single_controller.ray.base": ("ResourcePoolManager.max_colocate_count",),
     "verl.trainer.constants_ppo": ("get_ppo_ray_runtime_env",),
     "verl.trainer.ppo.core_algos": ("agg_loss", "get_policy_loss_fn"),
     "verl.trainer.ppo.v1.trainer_base": (
@@ -166,7 +167,7 @@ def _plugin_failure() -> str:
 
 
 def _check_version(alternatives: dict[str, str]) -> None:
-    installed = {package: version for package in alternatives if (version := _version(package))}
+    installed = {package: version for package in alternatives if (version := installed_version(package))}
     wanted = " or ".join(f"{package}=={version}" for package, version in alternatives.items())
     if not installed:
         raise UserError(f"{' or '.join(alternatives)} is not installed; install {wanted} (`make` sets everything up).")
@@ -177,7 +178,8 @@ def _check_version(alternatives: dict[str, str]) -> None:
             )
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """Of a distribution as it is installed here, None where it is not."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

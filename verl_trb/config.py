@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from verl_trb.errors import ConfigError
 from verl_trb.parameters import Parameter, check_value, value_at
+from verl_trb.placement import PLACEMENTS
 
 LOSSES = ("full", "topk", "sampled")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -86,6 +87,7 @@ class TrbConfig:
     data_response: column of the data that has these responses; dots go inward: reward_model.ground_truth.
     distill_weight: of the divergence, >= 0, a number or a schedule. Where it is 0 the teacher is not read.
     reward_weight: of verl's policy gradient of the reward, >= 0, a number or a schedule.
+    placement: where the rollout engines live, `colocated`: on the devices that train.
     loss_chunk_tokens: tokens whose float32 logits exist at one time, >= 1.
     lr_warmup: shape of the learning rate's rise over actor.optim.lr_warmup_steps, `linear` (verl's) or `cosine`, for
       lr_scheduler_type=constant.
@@ -121,6 +123,7 @@ class TrbConfig:
     data_response: str = "response"
     distill_weight: Any = 1.0
     reward_weight: Any = 0.0
+    placement: str = "colocated"
     loss_chunk_tokens: int = 1024
     lr_warmup: str = "linear"
     seed: int = 0
@@ -155,6 +158,12 @@ class TrbConfig:
         for name, meaning in at_least_one.items():
             if getattr(self, name) < 1:
                 raise ConfigError(f"trb.{name} must be >= 1 ({meaning}), got {getattr(self, name)}.")
+        if self.placement == "separate":
+            raise ConfigError(
+                "trb.placement=separate is not there: with synchronous steps (trainer.v1.trainer_mode=sync) engines on "
+                "nodes of their own and the training nodes would wait for each other; set trb.placement=colocated."
+            )
+        _one_of("trb.placement", self.placement, PLACEMENTS)
         _one_of("trb.lr_warmup", self.lr_warmup, ("linear", "cosine"))
         _one_of("trb.loss", self.loss, LOSSES)
         if self.sft_steps < 0:

@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
@@ -91,6 +91,16 @@ class Display:
         if self.plain:
             return self._lines([title, *_columns(rows.items()), ""])
         self.console.print(self._panel(title, rows.items()))
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A small table; the stage before it is over."""
+        self._end_stage(ok=True)
+        widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+        lines = ["   ".join(map(str.ljust, row, widths)).rstrip() for row in (columns, *rows)]
+        if self.plain:
+            return self._lines(["", title, *lines, ""])
+        text = Text.assemble((f"{title}\n", f"bold {ACCENT}"), (f"{lines[0]}\n", LABEL), "\n".join(lines[1:]))
+        self.console.print(Padding(text, (1, 2)))
 
     def stage(self, text: str) -> None:
         """Something long begins, the stage before is over: a spinner, later a check mark and the seconds.

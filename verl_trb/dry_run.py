@@ -4,6 +4,7 @@ Needs no GPU, downloads nothing, writes nothing and does not start Ray.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -16,6 +17,8 @@ from verl_trb import preflight
 from verl_trb.data_files import files_of
 from verl_trb.errors import UserError
 from verl_trb.model_files import Model, find_model
+from verl_trb.placement import COLUMNS, layout, node_rows, shown, weight_bytes
+from verl_trb.preflight import ELEMENT_BYTES, TRAINING_BYTES
 from verl_trb.rollout.engine_args import batched_tokens, model_length
 from verl_trb.schedules import warmup_factor
 from verl_trb.setting_checks import batch_table
@@ -36,9 +39,9 @@ def show(config: DictConfig, file: TextIO | None = None) -> int:
         wrong = [text for text in wrong if not text.startswith(tuple(f"{key} is not set" for key in missing))]
     console = Console(file=file or sys.stdout, highlight=False, width=None if sys.stdout.isatty() else WIDTH)
     console.print(Text.assemble("Dry run of recipe ", (config.trb.recipe, "bold cyan"), ": nothing is started"))
-    for table in (_models(config), _data(config), _batches(config), _schedules(config), _engine(config)):
+    for make in (_models, _data, _batches, _placement, _schedules, _engine):
         console.print()
-        console.print(table)
+        console.print(make(config))
     console.print()
     for text in [*notes, *absent]:
         console.print(Text.assemble(("not on this machine: ", "yellow"), text), soft_wrap=True)
@@ -127,6 +130,32 @@ def _batches(config: DictConfig) -> Table:
     table.add_row("training steps", steps)
     table.add_row("validation, checkpoint every", f"{trainer.test_freq}, {trainer.save_freq} steps")
     return table
+
+
+def _placement(config: DictConfig) -> Table:
+    table = _table(f"Placement ({config.trb.placement})", *COLUMNS)
+    for row in shown(placement_rows(config)):
+        table.add_row(*row)
+    return table
+
+
+def placement_rows(config: DictConfig, addresses: Sequence[str] = ()) -> list[tuple[str, ...]]:
+    """What lives on each node, see placement.py; the weights' bytes where both models are on this machine.
+
+    addresses: of the nodes in the order of ranks, where they are known.
+    """
+    plan, actor, offload = layout(config), config.actor_rollout_ref.actor, config.trb.teacher.offload
+    try:
+        sizes = [model.parameters or 0 if model else 0 for model in preflight.models(config).values()]
+    except UserError:  # listed elsewhere
+        sizes = [0]
+    memory = None
+    if all(sizes):
+        trained = ELEMENT_BYTES.get(config.trb.teacher.dtype or actor.fsdp_config.get("model_dtype") or "fp32", 4)
+        rollout = ELEMENT_BYTES.get(config.trb.teacher.dtype or config.actor_rollout_ref.rollout.dtype, 2)
+        elements = {"training": TRAINING_BYTES, "teacher_element": trained, "engine_element": rollout}
+        memory = weight_bytes(plan, *sizes, **elements, offload=offload)
+    return node_rows(plan, addresses, memory, offload)
 
 
 def _schedules(config: DictConfig) -> Table:

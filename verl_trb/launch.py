@@ -1,4 +1,4 @@
-"""Start Ray, run the trainer in it, show what it says, and leave nothing behind.
+"""Start Ray or join a cluster, run the trainer in it, show what it says, and leave nothing behind.
 
 The driver is this process; the trainer is a Ray actor (so it may stand on another node), which the driver asks
 for its events. Everything the workers print goes to log files.
@@ -16,11 +16,14 @@ import ray
 from omegaconf import DictConfig, OmegaConf, open_dict
 from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
-from verl_trb import compat
+from verl_trb import cluster, compat
 from verl_trb.checkpoints import find
 from verl_trb.display import Display
+from verl_trb.dry_run import placement_rows
 from verl_trb.errors import ComponentLost, RunError, UserError
 from verl_trb.faults import explain, first_line
+from verl_trb.placement import COLUMNS, shown
+from verl_trb.ray_address import cluster_address
 from verl_trb.redaction import redact_file, redacted, secrets
 from verl_trb.shared_memory import remove_orphans
 from verl_trb.training.task_runner import DistillationTaskRunner
@@ -65,9 +68,11 @@ def _attempt(config: DictConfig, display: Display, py_executable: str | None, re
     known = secrets(OmegaConf.to_container(config.ray_kwargs))
     try:
         compat.assert_platform_registered()
-        display.stage("starting Ray")
-        _start_ray(config, py_executable)
+        address = cluster_address(config)
+        display.stage(f"joining the Ray cluster {address}" if address else "starting Ray")
+        _start_ray(config, py_executable, address)
         signal.signal(signal.SIGTERM, _interrupt)  # Ray has put its own handler there
+        _look_at_cluster(config, display, joined=address is not None)
         actor_class: Any = DistillationTaskRunner
         runner = actor_class.options(max_concurrency=2).remote()
         _follow(runner, config, display, restarts)
@@ -106,7 +111,8 @@ def _interrupt(*args: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _start_ray(config: DictConfig, py_executable: str | None) -> None:
+def _start_ray(config: DictConfig, py_executable: str | None, address: str | None) -> None:
+    """address: of the cluster to join, None for a Ray of our own."""
     if ray.is_initialized():
         return
     kwargs = OmegaConf.to_container(config.ray_kwargs.get("ray_init", {}), resolve=True)
@@ -117,6 +123,8 @@ def _start_ray(config: DictConfig, py_executable: str | None) -> None:
     runtime_env.update(given)
     if py_executable is not None:
         runtime_env["py_executable"] = py_executable
+    if address is not None:
+        kwargs = cluster.joining_arguments(kwargs)
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
     others = set(psutil.Process().children(recursive=True))
     for attempt in range(1, RAY_STARTS + 1):
@@ -128,9 +136,33 @@ def _start_ray(config: DictConfig, py_executable: str | None) -> None:
             for process in set(psutil.Process().children(recursive=True)) - others:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
+            if address is not None:
+                raise UserError(
+                    f"The Ray cluster {address} cannot be joined ({first_line(error).rstrip('.')}); if it stands and "
+                    "asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE."
+                ) from error
             # Ray gives its own processes 30 s, which a busy machine may need more than once.
             if "timed out" not in str(error) or attempt == RAY_STARTS:
                 raise UserError(f"Ray could not be started: {first_line(error)}") from error
+
+
+def _look_at_cluster(config: DictConfig, display: Display, joined: bool) -> None:
+    """Refuses a cluster that cannot hold the run, and shows what will live where. Raises UserError."""
+    if not joined:
+        return cluster.check_room(cluster.nodes(), config)
+    if not cluster.asks_for_token(ray.get_runtime_context().gcs_address):
+        display.warning(
+            "this Ray cluster asks for no token: whoever reaches its ports can run code on it as you; start it with "
+            "scripts/ray_cluster.sh (docs/cluster.md)"
+        )
+    display.stage("checking the nodes of the cluster")
+    found = cluster.nodes()
+    cluster.check_room(found, config)
+    cluster.check_nodes(found, config)
+    able = [node.address for node in found for _ in range(node.groups(config.trainer.n_gpus_per_node))]
+    # With more room than the run takes, Ray chooses.
+    addresses = able if len(able) == config.trainer.nnodes else []
+    display.table("Placement", COLUMNS, shown(placement_rows(config, addresses)))
 
 
 def _follow(runner: Any, config: DictConfig, display: Display, restarts: int) -> None:
@@ -173,8 +205,14 @@ def _stop_ray(run_dir: Path, known: set[str]) -> None:
     """
     if not ray.is_initialized():
         return
-    node, job = ray._private.worker.global_worker.node, ray.get_runtime_context().get_job_id()
+    node = ray._private.worker.global_worker.node
     own, logs = node.is_head(), Path(node.get_logs_dir_path())  # a cluster that stood before keeps its own
+    target = run_dir / "logs" / time.strftime("%Y%m%d-%H%M%S")
+    target.mkdir(parents=True, exist_ok=True)
+    if not own:
+        cluster.collect_logs(cluster.nodes(), target)
+        for file in filter(Path.is_file, target.rglob("*")):
+            redact_file(file, known)
     processes = psutil.Process().children(recursive=True)
     ray.shutdown()
     _, alive = psutil.wait_procs(processes, timeout=10)
@@ -182,12 +220,9 @@ def _stop_ray(run_dir: Path, known: set[str]) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(alive, timeout=10)
-    target = run_dir / "logs" / time.strftime("%Y%m%d-%H%M%S")
-    target.mkdir(parents=True, exist_ok=True)
-    for file in logs.glob("*" if own else f"worker-*-{job}-*"):
-        if file.is_file():
-            redact_file(Path(shutil.copy2(file, target)), known)
     if own:
+        for file in filter(Path.is_file, logs.glob("*")):
+            redact_file(Path(shutil.copy2(file, target)), known)
         shutil.rmtree(logs.parent, ignore_errors=True)
         latest = logs.parent.with_name("session_latest")  # a link that may point to what has just gone
         if latest.is_symlink() and not latest.exists():

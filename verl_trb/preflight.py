@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from verl_trb.data_files import check_lengths, check_responses, check_rows, check_special_tokens, files_of, read_rows
 from verl_trb.errors import UserError
 from verl_trb.model_files import Model, find_model
+from verl_trb.ray_address import cluster_address, cluster_record, recorded_cluster
 from verl_trb.setting_checks import (
     ROLLOUT,
     check_batches,
@@ -231,19 +232,21 @@ def check_ray(config: DictConfig) -> None:
             "trb.prefork=true is for a Ray of its own on this machine; set ray_kwargs.ray_init.address=local, or "
             "trb.prefork=false."
         )
-    if address := os.environ.get("RAY_ADDRESS"):
-        if address not in ("local", "auto") and not _answers(address):
-            raise UserError(f"RAY_ADDRESS={address} does not answer; unset it, or start that Ray cluster.")
-    elif (address := ray_init.get("address")) not in (None, "local", "auto"):
-        if not _answers(address):
-            raise UserError(f"ray_kwargs.ray_init.address={address} does not answer; start that Ray cluster.")
-    elif address != "local":
-        record = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
-        recorded = record.read_text().strip() if record.is_file() else ""
-        if recorded and not _answers(recorded):
+    if (named := os.environ.get("RAY_ADDRESS")) not in (None, "", "local", "auto") and not _answers(named):
+        raise UserError(f"RAY_ADDRESS={named} does not answer; unset it, or start that Ray cluster.")
+    address = cluster_address(config)
+    if address not in (None, "auto") and not _answers(address):
+        if address == recorded_cluster() and ray_init.get("address") is None:
             raise UserError(
-                f"{record} names a Ray session, {recorded}, that no longer answers; run `ray stop` or remove the file."
+                f"{cluster_record()} names a Ray session, {address}, that no longer answers; run `ray stop` or remove "
+                "the file."
             )
+        raise UserError(f"ray_kwargs.ray_init.address={address} does not answer; start that Ray cluster.")
+    if address is None and config.trainer.nnodes > 1:
+        raise Absent(
+            f"trainer.nnodes={config.trainer.nnodes} needs a Ray cluster: start one with scripts/ray_cluster.sh, and "
+            "submit the run to it with scripts/ray_submit.sh (docs/cluster.md)."
+        )
     port = ray_init.get("dashboard_port")
     if port and ray_init.get("include_dashboard", True) is not False and not _free(int(port)):
         raise UserError(

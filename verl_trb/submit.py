@@ -92,11 +92,11 @@ def dashboard_address() -> str:
 
 def connect(address: str) -> Any:
     """Ray's job client. Raises UserError when nobody answers, the token is wrong, or Ray is another version."""
-    from ray.job_submission import JobSubmissionClient
-
     token = os.environ.get("RAY_AUTH_TOKEN_PATH") or Path("~/.ray/auth_token").expanduser()
     if os.environ.get("RAY_AUTH_TOKEN") or Path(token).is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+    from ray.job_submission import JobSubmissionClient  # Ray reads the mode when it is imported
+
     try:
         client = JobSubmissionClient(address)
         theirs = client._do_request("GET", "/api/version").json()["ray_version"]  # the only way it is told

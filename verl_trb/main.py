@@ -95,13 +95,17 @@ def run(config: DictConfig) -> int:
 
 def results(config: DictConfig, display: Any, finished: bool) -> None:
     """Writes the report of what there is, and for a finished run shows the results and where they are."""
+    from verl_trb.gantt import write_gantt
     from verl_trb.report import read_metrics, summary
     from verl_trb.report.page import PAGE, PICTURE, write_report
     from verl_trb.run_folder import METRICS, STUDENT, relatives
+    from verl_trb.timeline import TIMELINE
 
     run_dir = Path(config.trb.run_dir)
     if not (run_dir / METRICS).exists():
         return
+    if (run_dir / TIMELINE).exists():
+        write_gantt(run_dir)
     write_report(relatives(run_dir), run_dir)
     if not finished:
         return

@@ -2,6 +2,7 @@
 
 config.yaml     the resolved configuration       metrics.jsonl   one JSON object a step
 samples.jsonl   a few rollouts, token by token   logs/           what every process printed
+timeline.jsonl  who worked when in each step   timeline.png    one step of it
 report.html     the report, with its pictures    report.png      the picture of the curves
 checkpoints/    verl's, with the optimizer       student/        the trained student, a Hugging Face folder
 """

@@ -16,11 +16,13 @@ from omegaconf import DictConfig, OmegaConf
 from verl.workers.rollout.base import _ROLLOUT_REGISTRY
 from verl.workers.rollout.replica import RolloutReplicaRegistry, TokenOutput
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
+from vllm.sampling_params import RequestOutputKind
 
 from verl_trb.policies import get_policy
 from verl_trb.rollout.engine_args import ENGINE_ENVIRONMENT, ONE_BY_ONE, blended_engine_args, model_length
 from verl_trb.rollout.generation import Answer, generate_blended
 from verl_trb.rollout.request import PARAMS, POLICY, ROLLOUT_NAME, SEED, TRACE, BlendedRequest
+from verl_trb.rollout.request_groups import Answers, answer_group
 from verl_trb.rollout.statistics import merge
 from verl_trb.rollout.weight_socket import name_socket
 from verl_trb.vocabulary import from_tokenizers
@@ -108,6 +110,7 @@ class BlendedHttpServer(vLLMHttpServer):
                     "max_tokens": budget,
                     "logprobs": True,
                     "detokenize": False,
+                    "output_kind": RequestOutputKind.FINAL_ONLY,  # nobody reads a rollout before it is whole
                     "stop_token_ids": [*stop_ids, self.vocabulary.marker],
                     "extra_args": replace(request, trace=trace).extra_args(),
                 },
@@ -126,6 +129,11 @@ class BlendedHttpServer(vLLMHttpServer):
         output.token_ids, output.log_probs = rollout.token_ids, rollout.logprobs
         output.stop_reason = rollout.stop_reason
         return output
+
+    async def generate_group(self, requests: list[dict[str, Any]]) -> AsyncIterator[Answers]:
+        """`generate` for many requests, by keyword: see request_groups.py."""
+        async for answers in answer_group(self.generate, requests):
+            yield answers
 
     @asynccontextmanager
     async def _teacher_gate(self, needed: bool) -> AsyncIterator[None]:

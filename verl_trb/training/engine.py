@@ -18,6 +18,7 @@ from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from verl_trb.divergences import SAMPLED, get_divergence, reverse_kl
+from verl_trb.timeline import Spans
 from verl_trb.training.head import COLUMNS, DistillationHead, TokenLossRequest
 from verl_trb.training.lora import merged
 from verl_trb.training.loss import objective_of
@@ -35,6 +36,11 @@ class DistillationEngine(FSDPEngineWithLMHead):
 
     teacher: Teacher | None = None
     engine_config: Any  # set by verl
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.spans = Spans("worker")
+        self.student_since: float | None = None
 
     def _build_module(self) -> torch.nn.Module:
         module = super()._build_module()
@@ -71,9 +77,28 @@ class DistillationEngine(FSDPEngineWithLMHead):
     def attach_teacher(self, teacher: Teacher, vocabulary: SharedVocabulary, topk: int, chunk_tokens: int) -> None:
         """topk: k of the top-k losses; chunk_tokens: tokens whose logits exist at one time."""
         self.teacher, self.vocabulary, self.topk, self.chunk_tokens = teacher, vocabulary, topk, chunk_tokens
-        self.teacher_seconds, self.head.vocabulary = 0.0, vocabulary
+        self.head.vocabulary = vocabulary
+
+    def forward_backward_batch(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().forward_backward_batch(*args, **kwargs)
+        finally:
+            self._student_until_now()
+
+    def optimizer_step(self) -> Any:
+        with self.spans.during("optimizer"):
+            return super().optimizer_step()
+
+    def _student_until_now(self) -> None:
+        """The student's forward and backward pass of a micro-batch end where the next one's begin."""
+        now = time.time()
+        if self.student_since is not None:
+            self.spans.add("student", self.student_since, now)
+        self.student_since = None
 
     def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool):
+        self._student_until_now()
+        self.student_since = time.time()
         objective = objective_of(micro_batch)
         if objective is None or not objective.distills:
             return super().forward_step(micro_batch, loss_function, forward_only)
@@ -83,10 +108,10 @@ class DistillationEngine(FSDPEngineWithLMHead):
             divergence = get_divergence(objective.divergence).rule(objective.mode, self.topk, objective.params)
         micro_batch = micro_batch.to(get_device_id())
         model_inputs, _ = self.prepare_model_inputs(micro_batch=micro_batch)
-        started = time.perf_counter()
-        hidden_BTE = self.teacher.hidden_states(**model_inputs)
-        weight_VE, bias_V = self.teacher.output_layer()
-        self.teacher_seconds += time.perf_counter() - started
+        with self.spans.during("teacher"):
+            hidden_BTE = self.teacher.hidden_states(**model_inputs)
+            weight_VE, bias_V = self.teacher.output_layer()
+        self.student_since = time.time()
         input_ids_BT = model_inputs["input_ids"]
         select_BT, label_BT = prediction_layout(micro_batch, input_ids_BT)
         self.head.request = TokenLossRequest(

@@ -1,5 +1,6 @@
 """The frozen teacher in the training worker: sharded like the student, forward only."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from verl.utils.fsdp_utils import apply_fsdp2, fsdp2_load_full_state_dict, get_i
 from verl.utils.model import get_hf_auto_model_class
 from verl.utils.torch_dtypes import PrecisionType
 
+from verl_trb.length_groups import length_groups
 from verl_trb.training.head import HiddenStatesHead
 
 
@@ -51,6 +53,7 @@ class Teacher:
         module.set_output_embeddings(HiddenStatesHead.from_linear(module.get_output_embeddings()))
         module.to(torch_dtype).eval().requires_grad_(False)
 
+        self.pass_price = pass_price(sum(parameter.numel() for parameter in module.parameters()))
         offload_policy = CPUOffloadPolicy() if offload else None
         fsdp_kwargs = {
             "mesh": device_mesh,
@@ -65,14 +68,52 @@ class Teacher:
 
     @torch.no_grad()
     def hidden_states(self, **model_inputs: Any) -> Tensor:
-        """Last hidden states [B, T, E] of the same inputs that the student gets."""
-        return self.module(**model_inputs, use_cache=False).logits
+        """Last hidden states [B, T, E] of the same inputs that the student gets; anything at padding."""
+
+        def forward(**inputs: Any) -> Tensor:
+            return self.module(**inputs, use_cache=False).logits
+
+        # Sharded, a pass is a collective: every rank must make the same number.
+        alone = torch.distributed.get_world_size() == 1
+        return by_length(forward, self.pass_price, **model_inputs) if alone else forward(**model_inputs)
 
     @torch.no_grad()
     def output_layer(self) -> tuple[Tensor, Tensor | None]:
         """The whole weight [V, E] and bias [V] of its output layer, gathered from the shards."""
         head = self.module.get_output_embeddings()
         return _whole(head.weight), None if head.bias is None else _whole(head.bias)
+
+
+def pass_price(parameters: int) -> int:
+    """What one more pass costs, in tokens: reading the weights once, and a few milliseconds of calls, which are many
+    tokens of a small model.
+    """
+    return 32 + 800_000_000 // parameters
+
+
+def by_length(forward: Callable[..., Tensor], price: int, **inputs: Any) -> Tensor:
+    """The outputs [B, T, E] of `forward` for right-padded inputs [B, T], read in groups of similar length.
+
+    price: of a pass, in tokens. The result is 0 where a group had no place. Packed inputs, and those with more
+    dimensions, are read in one pass.
+    """
+    mask_BT = inputs.get("attention_mask")
+    if mask_BT is None or any(isinstance(value, Tensor) and value.shape != mask_BT.shape for value in inputs.values()):
+        return forward(**inputs)
+    lengths = mask_BT.sum(1).tolist()
+    groups = length_groups(lengths, price)
+    if len(groups) == 1:
+        return forward(**inputs)
+    output_BTE: Tensor | None = None
+    for rows in groups:
+        length = max(lengths[row] for row in rows)
+        part = {n: value[rows, :length] if isinstance(value, Tensor) else value for n, value in inputs.items()}
+        part_RLE = forward(**part)
+        if output_BTE is None:
+            output_BTE = part_RLE.new_zeros(*mask_BT.shape, part_RLE.shape[-1])
+        output_BTE[rows, :length] = part_RLE
+    assert output_BTE is not None
+    return output_BTE
 
 
 def _whole(parameter: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import numpy as np
 import ray
 import transfer_queue as tq
 from tensordict import TensorDict
+from verl.utils.profiler.performance import marked_timer
 from verl.utils.tensordict_utils import assign_non_tensor_stack
 from verl.workers.utils.padding import response_from_nested, response_to_nested
 
@@ -22,8 +23,9 @@ from verl_trb.guidance import guidance_metrics
 from verl_trb.objective import objective_metrics, step_objective
 from verl_trb.policies import get_policy
 from verl_trb.rollout.statistics import merge, rollout_metrics
+from verl_trb.timeline import Spans, Timings, write_step
 from verl_trb.training.advantage import distillation_advantages
-from verl_trb.training.agent_loop import CORRECTED
+from verl_trb.training.agent_loop import CORRECTED, GroupingClient
 from verl_trb.training.checkpointing import CheckpointingTrainer
 from verl_trb.training.loss import ADVANTAGES, OBJECTIVE
 from verl_trb.training.samples import SampleRecorder
@@ -31,6 +33,13 @@ from verl_trb.training.worker import DistillationWorker
 
 Event = dict[str, Any]
 MAX_SKIPPED = 3  # updates in a row that were left out because the gradient was not finite
+# What verl's worker and our loss read in an update. The data set's own fields stay in TransferQueue.
+UPDATE_FIELDS = {
+    "input_ids", "position_ids", "prompts", "responses", "response_mask", "loss_mask", "rollout_log_probs",
+    "old_log_probs", "advantages", "returns", "rollout_is_weights", "ref_log_prob", "routed_experts",
+    ADVANTAGES, CORRECTED,
+}  # fmt: skip
+SPANS_SHOWN = 300  # of the rollouts of a step: more would only fill the disk
 
 
 class DistillationTrainer(CheckpointingTrainer):
@@ -45,6 +54,17 @@ class DistillationTrainer(CheckpointingTrainer):
         self.skipped = 0  # updates left out, the last ones in a row
         self.history: deque[dict[str, Any]] = deque(maxlen=guard_rails.WINDOW + 1)
         self.warned: dict[str, int] = {}  # what was warned about, and when
+        self.spans = Spans("trainer")
+        self.step_began = self.step_ended = self.recorded_from = 0.0
+
+    @property
+    def timing_raw(self) -> Timings:
+        """verl's timers of the step. verl assigns a plain dictionary at every step."""
+        return self._timings
+
+    @timing_raw.setter
+    def timing_raw(self, empty: dict[str, float]) -> None:
+        self._timings = Timings(self.spans)
 
     # ------------------------------------------------------------------ set-up
 
@@ -52,6 +72,10 @@ class DistillationTrainer(CheckpointingTrainer):
         self.role_worker_mapping: dict[Any, Any] = {}
         super()._init_resource_pool_mgr()
         self.role_worker_mapping = {role: ray.remote(DistillationWorker) for role in self.role_worker_mapping}
+
+    def get_llm_client(self) -> Any:
+        alone = len(self.llm_server_manager.get_replicas()) == 1
+        return self.llm_server_manager.get_client(client_cls=GroupingClient, alone=alone)
 
     def _setup(self) -> None:
         self.emit({"kind": "stage", "text": "loading student and teacher, starting the rollout engine"})
@@ -78,15 +102,22 @@ class DistillationTrainer(CheckpointingTrainer):
         return super()._balance_batch(batch, *args, **kwargs)
 
     def on_step_begin(self) -> None:
+        self.spans.take()
+        self.step_began = time.time()
+        if self.recorded_from:
+            self.timing_raw["between"] = self.step_began - self.recorded_from
         self.now(f"the rollouts of step {self.global_steps}")
         if self.samples.due(self.global_steps):
-            started = time.perf_counter()
-            self.samples.record(self.global_steps, self.llm_server_manager.get_replicas()[0].servers[0])
-            self.timing_raw["samples"] = time.perf_counter() - started
-        self._take_rollout_sums()  # what validation and samples left behind is not this step's
+            with marked_timer("samples", self.timing_raw):
+                self.samples.record(self.global_steps, self.llm_server_manager.get_replicas()[0].servers[0])
+            self._take_rollout_sums()  # not the step's
         self.objective = step_objective(self.config.trb, self.global_steps)
         # verl asks at every step: only a policy gradient needs the student's log-probabilities before the update.
         self.config.algorithm.rollout_correction.bypass_mode = not self.objective.policy_gradient
+
+    def prepare_step(self) -> dict:
+        with marked_timer("submit", self.timing_raw):
+            return super().prepare_step()
 
     def on_sample_end(self) -> None:
         self.now(f"the training of step {self.global_steps}")
@@ -107,6 +138,7 @@ class DistillationTrainer(CheckpointingTrainer):
     def on_step_end(self) -> None:
         self.now(f"sending the weights of step {self.global_steps} to the rollout engine")
         super().on_step_end()
+        self.step_ended = time.time()
 
     def _take_failures(self, rollouts: int) -> float:
         """How many of `rollouts` failed since the last call, with a warning that says why.
@@ -114,7 +146,10 @@ class DistillationTrainer(CheckpointingTrainer):
         Raises RunError if all did, ComponentLost if a process has died.
         """
         workers = self.agent_loop_manager.agent_loop_workers
-        failures = [failure for taken in ray.get([w.take_failures.remote() for w in workers]) for failure in taken]
+        failures: list[RunError] = []
+        for failed, spans in ray.get([worker.take_failures.remote() for worker in workers]):
+            failures += failed
+            self.spans.noted += spans[: SPANS_SHOWN // len(workers)]
         if lost := next((failure for failure in failures if isinstance(failure, ComponentLost)), None):
             raise ComponentLost(f"{lost}; {len(failures)} of {rollouts} rollouts of step {self.global_steps} failed")
         if len(failures) >= rollouts:
@@ -160,8 +195,14 @@ class DistillationTrainer(CheckpointingTrainer):
 
     def _update_actor(self, batch: Any, metrics: dict) -> Any:
         batch.extra_info[OBJECTIVE] = self.objective.as_dict()
+        if self.processor is None and batch.fields is not None:  # of pictures the worker reads more
+            batch.fields = [field for field in batch.fields if field in UPDATE_FIELDS]
         batch = super()._update_actor(batch, metrics)
-        self.timing_raw["teacher"] = max(self.actor_rollout_wg.take_teacher_seconds())
+        spans_by_rank = self.actor_rollout_wg.take_spans()
+        self.spans.noted += spans_by_rank[0]
+        self.timing_raw["teacher"] = max(
+            sum(span.end - span.start for span in spans if span.name == "teacher") for spans in spans_by_rank
+        )
         for name in ("reverse_kl", "teacher_entropy", "student_entropy", "teacher_logprob"):
             if f"actor/{name}" in metrics:  # not without the teacher
                 self.pending[f"trb/{name}"] = metrics.pop(f"actor/{name}")
@@ -188,6 +229,7 @@ class DistillationTrainer(CheckpointingTrainer):
             metrics = super()._validate()
         finally:
             self._take_failures(rollouts)  # says why, where verl has no answers to average
+        self._take_rollout_sums()  # not the next step's
         core = {  # by source: val-core/SOURCE/acc/mean@1
             name.removeprefix("val-core/").rsplit("/", 2)[0]: value
             for name, value in metrics.items()
@@ -197,11 +239,14 @@ class DistillationTrainer(CheckpointingTrainer):
             metrics["val/accuracy"] = float(np.mean(list(core.values())))
         if len(core) > 1:
             metrics.update({f"val/{source}": float(value) for source, value in core.items()})
-        if not hasattr(self, "timing_raw"):  # validation before the first step
+        if not self.step_began:  # validation before the first step
             self._record({**metrics, "timing_s/testing": time.perf_counter() - started}, self.global_steps)
         return metrics
 
     def _compute_metrics(self, batch: Any, metrics: dict, timing_raw: dict, global_steps: int, epoch: int) -> None:
+        self.recorded_from = time.time()
+        write_step(self.run_dir, global_steps, self.step_began, self.step_ended, self.spans.take())
+        timing_raw["other"] = timing_raw["step"] - self.timing_raw.parts()
         super()._compute_metrics(batch, metrics, timing_raw, global_steps, epoch)
         metrics.update(self.pending)
         metrics.update(objective_metrics(self.objective))

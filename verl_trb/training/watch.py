@@ -28,6 +28,7 @@ class WatchedTrainer(PPOTrainerSync):
     run_dir: Path
     doing = "starting"
     _asked = 0.0
+    _ended: list[Any] | None = None  # what the rollout workers answer when their rollouts have ended
 
     def now(self, doing: str, detail: str = "") -> None:
         """Says what the run does from here on. `detail` says how far it is."""
@@ -43,7 +44,7 @@ class WatchedTrainer(PPOTrainerSync):
 
     def _build_replay_buffer(self) -> Any:
         buffer = super()._build_replay_buffer()
-        buffer.poll_interval = 0.05  # seconds; verl's default of 2 is an argument of the class, not of the config
+        buffer.poll_interval = 0.01  # seconds; verl's default of 2 is an argument of the class, not of the config
         # verl chooses the class itself, and its loop has no hook.
         buffer._wait_for_next_poll = partial(self._wait, buffer, buffer._wait_for_next_poll)
         return buffer
@@ -65,4 +66,13 @@ class WatchedTrainer(PPOTrainerSync):
             if (partition, detail) != getattr(self, "_said", None):
                 self._said = (partition, detail)
                 self.now(self.doing, detail)
+        self._until_ended()
         return wait(partition, *args)
+
+    def _until_ended(self) -> None:
+        """At most until it is time to ask again: verl's loop would ask TransferQueue for news all the time."""
+        if self._ended is None:
+            self._ended = [worker.rollouts_ended.remote() for worker in self.agent_loop_manager.agent_loop_workers]
+        ready, _ = ray.wait(self._ended, num_returns=len(self._ended), timeout=ASK_SECONDS)
+        if len(ready) == len(self._ended):
+            self._ended = None

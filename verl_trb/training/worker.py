@@ -16,6 +16,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 import verl_trb.rollout.server  # noqa: F401  registers the rollout engine with verl in this process
 import verl_trb.training.engine  # noqa: F401  registers the training engine
 from verl_trb.schedules import warmup_factor
+from verl_trb.timeline import Span
 from verl_trb.training.export import save_student, source_dtype
 from verl_trb.training.loss import DistillationLoss
 from verl_trb.training.teacher import Teacher
@@ -63,10 +64,9 @@ class DistillationWorker(ActorRolloutRefWorker):
         self.actor.set_loss_fn(DistillationLoss(self.loss_fn.keywords["config"]))
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def take_teacher_seconds(self) -> float:
-        """Seconds of teacher forward passes since the last call."""
-        seconds, self.actor.engine.teacher_seconds = self.actor.engine.teacher_seconds, 0.0
-        return seconds
+    def take_spans(self) -> list[Span]:
+        """When the teacher, the student and the optimizer ran since the last call."""
+        return self.actor.engine.spans.take()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def export_student(self, folder: str) -> None:

@@ -27,7 +27,7 @@ from bench_runs import Case, median, ours, random_pair, settings, toy, write_pro
 
 WARM = 3  # steps that are not counted, of each part
 TARGETS = {"vanilla": 0.7, "guided": 1.2}  # of TRL's step, 42M <- 335M
-SHARES = ("gen", "update_actor", "update_weights", "other", "between")
+SHARES = ("gen", "update_actor", "teacher", "update_weights", "other", "between")
 FIXED_SECONDS = 0.4  # of ours at toy size
 
 

@@ -22,6 +22,7 @@ import pytest
 from verl_trb.report import read_metrics
 from verl_trb.report.samples import read_samples
 from verl_trb.schedules import annealed_epsilon
+from verl_trb.timeline import NOT_PARTS, read_timeline
 
 # Many steps after the Ctrl-C: on a busy machine a few are over before it arrives.
 STEPS, WARMUP, EPSILON, BATCH = 15, 4, 0.05, 24
@@ -329,3 +330,21 @@ def test_two_runs_side_by_side(tmp_path, cache):
         assert [line["step"] for line in steps] == [1, 2, 3, 4]
         for line in steps:
             assert line["trb/log_ratio_trainer"] == pytest.approx(line["trb/log_ratio"], abs=2e-5)
+
+
+def test_the_parts_of_every_step_add_up_and_one_step_is_drawn(runs):
+    timelines = {one.step: one for one in read_timeline(runs["run_dir"])}
+    for line in runs["metrics"][1:]:
+        times = {name.removeprefix("timing_s/"): line[name] for name in line if name.startswith("timing_s/")}
+        parts = {name: seconds for name, seconds in times.items() if name not in NOT_PARTS}
+        assert {"submit", "gen", "adv", "update_actor", "update_weights"} <= parts.keys()
+        assert sum(parts.values()) + times["other"] == pytest.approx(times["step"])
+        assert 0 <= times["other"] < 0.2 * times["step"]
+        assert 0 < times["teacher"] < times["update_actor"]
+        timeline = timelines[line["step"]]
+        assert timeline.seconds == pytest.approx(times["step"], abs=0.1)
+        drawn = [span.end - span.start for span in timeline.spans if span.lane == "trainer"]
+        assert sum(drawn) == pytest.approx(sum(parts.values()), abs=0.05)
+        generated = [span for span in timeline.spans if span.name == "generate"]
+        assert len(generated) == BATCH
+    assert (runs["run_dir"] / "timeline.png").stat().st_size > 10_000

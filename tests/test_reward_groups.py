@@ -10,6 +10,7 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics
 from verl.experimental.reward_loop.reward_loop import RewardLoopWorker
 from verl.experimental.reward_loop.reward_manager.naive import NaiveRewardManager
 
+from verl_trb.tasks import table_walk
 from verl_trb.tasks.toy_models import make_tokenizer
 from verl_trb.training.reward_groups import RewardGroups, Unscored, group_batch
 
@@ -61,7 +62,7 @@ class InProcess:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return make_tokenizer()
+    return make_tokenizer(table_walk)
 
 
 async def scores(tokenizer: Any, which: list[tuple[str, str]]) -> tuple[list[Any], list[int]]:

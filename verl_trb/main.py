@@ -99,12 +99,12 @@ def results(config: DictConfig, display: Any, finished: bool) -> None:
     from verl_trb.report import read_metrics, summary
     from verl_trb.report.page import PAGE, PICTURE, write_report
     from verl_trb.run_folder import METRICS, STUDENT, relatives
-    from verl_trb.timeline import TIMELINE
+    from verl_trb.timeline import read_timeline
 
     run_dir = Path(config.trb.run_dir)
     if not (run_dir / METRICS).exists():
         return
-    if (run_dir / TIMELINE).exists():
+    if read_timeline(run_dir):
         write_gantt(run_dir)
     write_report(relatives(run_dir), run_dir)
     if not finished:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ToyRun
 
+from verl_trb.checkpoints import MANIFEST
 from verl_trb.errors import UserError
 from verl_trb.evaluate import main
 from verl_trb.evaluation.estimators import Interval
@@ -151,6 +152,7 @@ def run_dir(toy: ToyRun) -> Path:
         (actor / "huggingface" / "config.json").write_text((toy.student / "config.json").read_text())
         (actor / "fsdp_config.json").write_text('{"FSDP_version": 2, "world_size": 1}')
         (actor / "model_world_size_1_rank_0.pt").write_bytes(b"")
+        (actor.parent / MANIFEST).write_text('{"files": {}}')
     (run / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("10")
     (run / "config.yaml").write_text(f"actor_rollout_ref: {{model: {{path: {toy.student}}}}}\n")
     (run / "student").symlink_to(toy.student)

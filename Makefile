@@ -18,14 +18,10 @@ test: setup
 test-slow: setup
 	@$(TEST) -m slow
 
-# Needs 14 GB of memory for the naive side of the loss; docs/performance.md. TRL is an install of its own there.
+# Needs 14 GB of memory for the naive side of the loss; docs/performance.md.
 bench: setup
 	@$(PYTHON_VENV) scripts/bench_solver.py
 	@$(PYTHON_VENV) scripts/bench_loss.py
-	@$(PYTHON_VENV) scripts/bench_teacher_pass.py build/bench_models
-	@$(PYTHON_VENV) scripts/bench_verl_opd.py
-	@$(PYTHON_VENV) -m pip install -q --no-deps --target build/trl trl==1.16.0
-	@$(PYTHON_VENV) scripts/bench_trl.py --trl build/trl
 
 lint: setup
 	@$(PYTHON_VENV) -m ruff check .

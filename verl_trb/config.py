@@ -92,8 +92,8 @@ class TrbConfig:
     lr_warmup: shape of the learning rate's rise over actor.optim.lr_warmup_steps, `linear` (verl's) or `cosine`, for
       lr_scheduler_type=constant.
     seed: of data order, rollouts and of what `prepare` makes, >= 0.
-    deterministic: reruns, and resumed runs, are equal bit by bit on a CPU: rollouts one at a time, each with a seed of
-      its own. Slow, for finding faults.
+    deterministic: reruns, and resumed runs, are to be equal bit by bit on a CPU: rollouts one at a time, each with a
+      seed of its own. Slow, for finding faults.
     stall_seconds: a run in which nothing moves for so long is stopped, > 0: longer than the longest rollout, or than
       loading the models takes.
     max_restarts: how often a run goes on by itself from its last checkpoint when a process has died or hangs, >= 0.

@@ -17,7 +17,8 @@ from verl_trb.setting_checks import batch_table
 BYTES = {"fp32": 4, "float32": 4, "bf16": 2, "bfloat16": 2, "fp16": 2, "float16": 2, "half": 2, "auto": 2}
 # Of a GPU: contexts of CUDA and NCCL of two processes, and what the allocators cannot use. An assumption.
 GPU_RESERVE = 3 * GIB
-# Of a CPU run: the interpreters with torch, verl, vLLM and Ray, whatever the models. scripts/check_plan.py measures it.
+# Of a CPU run: the interpreters with torch, verl, vLLM and Ray, whatever the models. A guess that
+# scripts/check_plan.py is to replace.
 CPU_RESERVE = int(3.5 * GIB)
 
 

@@ -68,9 +68,8 @@ def evaluate(options: argparse.Namespace) -> None:
     candidates = models.candidates(options.models)
     out: Path = options.out.expanduser()
     out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(out / ".lock").acquire(timeout=0)
     except Timeout:
         raise UserError(
             f"Another evaluation is writing into {out}; wait for it, or choose a folder with --out."

@@ -168,6 +168,8 @@ def test_shipped_folder_is_an_installation(tmp_path: Path):
 )
 def test_what_cannot_be_submitted(arguments, environment, said, monkeypatch, capsys):
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "")
+    monkeypatch.delenv("RAY_AUTH_MODE")  # gone again after the test, whatever the command sets it to
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert submit.main(arguments) == 2

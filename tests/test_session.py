@@ -43,37 +43,57 @@ def test_a_recipe_without_forked_workers_needs_no_template(tmp_path: Path) -> No
         assert prefork.SHARED not in os.environ
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_run_first(number: int, code: int, tmp_path: Path) -> None:
-    """SIGTERM comes to the parent alone and is passed on; Ctrl-C comes to both."""
-    script = """
-import sys, time
+SLEEPERS = """
+import json, sys, time
 from pathlib import Path
 import verl_trb.main
 from verl_trb import session
 
+folder, jobs, runs = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+
 def run(arguments):
-    print("running", flush=True)
+    (folder / f"began-{arguments[0]}").touch()
     try:
-        time.sleep(600)
+        while not (folder / "go").exists():
+            time.sleep(0.02)
     except KeyboardInterrupt:
         return 130
+    return int(arguments[0])
 
 verl_trb.main.main = run
-print(session.run([], Path(sys.argv[1])))
+commands = [([str(number)], folder / f"screen-{number}") for number in range(runs)]
+print(json.dumps(sorted(session.run_each(commands, jobs))))
 """
-    screen = tmp_path / "screen"
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, str(screen)], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+
+
+def sleepers(folder: Path, jobs: int, runs: int) -> subprocess.Popen:
+    """`runs` commands in a session of its own, each of which sleeps until the file `go`; `jobs` have begun."""
+    command = [sys.executable, "-c", SLEEPERS, str(folder), str(jobs), str(runs)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     for _ in range(600):
-        if screen.exists() and "running" in screen.read_text():
+        if len(list(folder.glob("began-*"))) >= jobs:
             break
         time.sleep(0.1)
-    (child,) = psutil.Process(process.pid).children()
+    time.sleep(0.3)  # a run too many would begin now
+    assert len(list(folder.glob("began-*"))) == jobs
+    return process
+
+
+def test_runs_side_by_side_are_as_many_as_asked_for(tmp_path: Path) -> None:
+    process = sleepers(tmp_path, jobs=2, runs=5)
+    (tmp_path / "go").touch()
+    assert json.loads(process.communicate(timeout=60)[0]) == [[number, number] for number in range(5)]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_runs_first_and_no_other_begins(number: int, code: int, jobs: int, tmp_path: Path) -> None:
+    """SIGTERM comes to the parent alone and is passed on; Ctrl-C comes to all."""
+    process = sleepers(tmp_path, jobs, runs=3)
+    children = psutil.Process(process.pid).children()
     if number == signal.SIGTERM:
         process.send_signal(number)
     else:
         os.killpg(process.pid, number)
-    assert process.communicate(timeout=60)[0] == f"{code}\n"
-    assert not child.is_running()
+    assert json.loads(process.communicate(timeout=60)[0]) == [[index, code] for index in range(jobs)]
+    assert len(children) == jobs and not any(child.is_running() for child in children)

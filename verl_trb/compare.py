@@ -1,4 +1,4 @@
-"""Methods × seeds: runs them one after the other, and says what they gained, in a table and a picture.
+"""Methods × seeds: makes the runs, and says what they gained, in a table and a picture.
 
     python -m verl_trb.compare recipe=quickstart --seeds 5 --arm vanilla trb.policy=student --arm trb
     python -m verl_trb.compare --out runs/compare-quickstart     # the table and the picture of what is there
@@ -21,32 +21,41 @@ from verl_trb.display import duration
 from verl_trb.errors import UserError
 from verl_trb.report import COLORS, points, read_metrics
 from verl_trb.run_folder import STUDENT
-from verl_trb.session import run, session
+from verl_trb.session import INTERRUPTED, run_each, session
 
 Curves = dict[str, dict[int, Curve]]
 
 
-def run_arms(arms: dict[str, list[str]], common: list[str], seeds: Sequence[int], out: Path) -> list[str]:
-    """Makes every run that is not finished, a seed of all arms at a time. Returns the names of those that failed."""
+def run_arms(
+    arms: dict[str, list[str]], common: list[str], seeds: Sequence[int], out: Path, jobs: int = 1
+) -> list[str]:
+    """Makes every run that is not finished, a seed of all arms at a time, `jobs` of them side by side.
+
+    Returns the names of those that failed.
+    """
     runs = [(arm, seed) for seed in seeds for arm in arms]
     todo = [run for run in runs if not _finished(_folder(out, *run))]
     if len(todo) < len(runs):
         print(f"{len(runs) - len(todo)} of {len(runs)} runs are finished", flush=True)
     if not todo:
         return []
-    failed, started = [], time.monotonic()
-    with session([*common, *arms[todo[0][0]]], out / "template.log"):
-        for number, (arm, seed) in enumerate(todo, start=1):
-            folder = _folder(out, arm, seed)
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            screen = folder.with_name(f"{folder.name}.log")
-            code = run([*common, *arms[arm], f"trb.seed={seed}", f"trb.run_dir={folder}"], screen)
+    commands = []
+    for arm, seed in todo:
+        folder = _folder(out, arm, seed)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        screen = folder.with_name(f"{folder.name}.log")
+        commands.append(([*common, *arms[arm], f"trb.seed={seed}", f"trb.run_dir={folder}"], screen))
+    failed, interrupted, started = [], False, time.monotonic()
+    with session(commands[0][0], out / "template.log"):
+        for number, (index, code) in enumerate(run_each(commands, jobs), start=1):
+            (arm, seed), screen = todo[index], commands[index][1]
             print(f"[{number}/{len(todo)}] {arm}, seed {seed}: {'done' if code == 0 else f'FAILED, see {screen}'}"
                   f"   {duration(time.monotonic() - started)} so far", flush=True)  # fmt: skip
-            if code in (130, 143):  # Ctrl-C, SIGTERM
-                raise KeyboardInterrupt
+            interrupted = interrupted or code in INTERRUPTED
             if code:
                 failed.append(f"{arm}, seed {seed}")
+    if interrupted:
+        raise KeyboardInterrupt
     return failed
 
 
@@ -156,6 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="a method; the first is the baseline",
     )
     parser.add_argument("--seeds", default="1", help="a number of seeds, or a list such as 3,4,5 or 3,")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side; 1 leaves each its full speed")
     parser.add_argument("--out", type=Path, help="folder of the comparison; default runs/compare-RECIPE")
     parser.add_argument("--metric", default="val/accuracy", help="what is compared; default val/accuracy")
     parser.add_argument(
@@ -166,8 +176,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     try:
+        if args.jobs < 1:
+            raise UserError(f"--jobs is the number of runs side by side, at least 1; got {args.jobs}.")
         out, arms = _plan(args)
-        failed = run_arms(arms, args.common, _seeds(args.seeds), out) if args.common else []
+        failed = run_arms(arms, args.common, _seeds(args.seeds), out, args.jobs) if args.common else []
         print("\n" + report(out, list(arms), args.metric, args.select, args.best_checkpoint))
         print(f"written: {out / 'comparison.md'}, comparison.json, comparison.png")
     except UserError as error:

@@ -1,6 +1,6 @@
-"""Several runs one after the other without their slow beginning: imports are done once, and every run is a fork.
+"""Several runs without their slow beginning: imports are done once, and every run is a fork.
 
-`Session.run` is `python -m verl_trb.main` in a forked child of this process, which has imported all that a driver
+`run` is `python -m verl_trb.main` in a forked child of this process, which has imported all that a driver
 needs; the workers of all runs are forks of one template (prefork.py). Each run still has its own Ray, so that nothing
 of one run is left for the next.
 """
@@ -10,6 +10,7 @@ import importlib
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from omegaconf import DictConfig
 
 from verl_trb import composition
 from verl_trb.prefork import shared_template
+
+INTERRUPTED = (130, 143)  # exit codes after Ctrl-C and SIGTERM
 
 # What a driver imports, beside the workers' modules.
 DRIVER = (
@@ -58,29 +61,63 @@ def run(arguments: Sequence[str], screen: Path) -> int:
 
     screen: file that gets what it prints.
     """
-    sys.stdout.flush(), sys.stderr.flush()
-    child = os.fork()  # the imports have left no thread that it would miss
-    if child == 0:
-        code = 1
-        try:
-            output = os.open(screen, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(output, 1), os.dup2(output, 2)
-            sys.stdout, sys.stderr = (open(number, "w", closefd=False, buffering=1) for number in (1, 2))
-            from verl_trb.main import main
+    return next(run_each([(arguments, screen)]))[1]
 
-            code = main(arguments)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(code)
-    handlers = {  # Ctrl-C reaches the run too; both end in order, first the run
-        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
-        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, frame: os.kill(child, number)),
+
+def run_each(commands: Sequence[tuple[Sequence[str], Path]], jobs: int = 1) -> Iterator[tuple[int, int]]:
+    """`run` for every (arguments, screen), `jobs` of them side by side. Yields index and exit code as they end.
+
+    After one that Ctrl-C or SIGTERM ended no other is begun; those that are under way are waited for.
+    """
+    waiting = list(enumerate(commands))
+    children: dict[int, int] = {}  # process id -> index
+
+    def pass_on(number: int, frame: object) -> None:
+        waiting.clear()
+        for child in children:
+            os.kill(child, number)
+
+    # Ctrl-C reaches the runs too; all end in order, first the runs.
+    handlers = {
+        signal.SIGINT: signal.signal(signal.SIGINT, lambda number, frame: waiting.clear()),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on),
     }
     try:
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        while waiting or children:
+            while waiting and len(children) < jobs:
+                index, command = waiting.pop(0)
+                children[_fork(*command)] = index
+            for child in list(children):
+                ended, status = os.waitpid(child, os.WNOHANG)
+                if ended:
+                    code = os.waitstatus_to_exitcode(status)
+                    code = 128 - code if code < 0 else code
+                    if code in INTERRUPTED:
+                        waiting.clear()
+                    yield children.pop(child), code
+            time.sleep(0.05)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    return 128 - code if code < 0 else code
+
+
+def _fork(arguments: Sequence[str], screen: Path) -> int:
+    sys.stdout.flush(), sys.stderr.flush()
+    child = os.fork()  # the imports have left no thread that it would miss
+    if child:
+        return child
+    code = 1
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        output = os.open(screen, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1), os.dup2(output, 2)
+        sys.stdout, sys.stderr = (open(number, "w", closefd=False, buffering=1) for number in (1, 2))
+        from verl_trb.main import main
+
+        code = main(arguments)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)

@@ -60,6 +60,33 @@ def test_a_fork_is_what_a_new_interpreter_would_be(py_executable: str, tmp_path:
     assert names - {"jemalloc_bg_thd"} == {process.name()} and process.num_threads() <= 2
 
 
+def test_the_end_of_a_worker_ends_no_other(py_executable: str):
+    """Ray sends SIGTERM to the process group of a dead worker; other runs' are forks of the same template."""
+    driver = """
+import os, signal, sys, time
+import psutil, ray
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"py_executable": sys.argv[1]})
+
+@ray.remote(num_cpus=1)
+class Worker:
+    def pid(self): return os.getpid()
+
+first, second = Worker.remote(), Worker.remote()
+pid, other = ray.get([first.pid.remote(), second.pid.remote()])
+template = psutil.Process(pid).parent()
+os.kill(pid, signal.SIGKILL)
+try:
+    ray.get(first.pid.remote())
+except ray.exceptions.ActorDiedError:
+    time.sleep(3)  # what Ray does then, it does at once
+    print("alive:", "verl_trb.prefork" in template.cmdline(), ray.get(second.pid.remote()) == other)
+ray.shutdown()
+"""
+    command = [sys.executable, "-c", driver, py_executable]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert "alive: True True" in process.stdout, process.stdout + process.stderr
+
+
 def test_without_a_template_the_client_becomes_the_worker(tmp_path: Path):
     with template({}, str(tmp_path / "log")) as command:
         pass

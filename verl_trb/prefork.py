@@ -103,6 +103,7 @@ def serve(listener: socket.socket) -> None:
         message, streams = _receive(client)
         if os.fork() == 0:
             listener.close()
+            os.setpgid(0, 0)  # Ray ends the process group of a worker that has gone: it must hold no other's workers
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             _become(message, streams)
         for stream in streams:

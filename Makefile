@@ -22,6 +22,8 @@ test-slow: setup
 bench: setup
 	@$(PYTHON_VENV) scripts/bench_solver.py
 	@$(PYTHON_VENV) scripts/bench_loss.py
+	@$(PYTHON_VENV) scripts/bench_rollouts.py
+	@$(PYTHON_VENV) scripts/bench_growth.py
 
 lint: setup
 	@$(PYTHON_VENV) -m ruff check .

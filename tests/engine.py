@@ -142,21 +142,22 @@ class BlendedEngine:
         """
         settings = {"policy": policy, "vocabulary": asdict(self.vocabulary)}
         self.llm.collective_rpc("install_behavior_policy", kwargs=settings)
-        sampler, batch = self.worker.model_runner.rejection_sampler, self.worker.model_runner.input_batch
-        forward = sampler.forward
+        runner = self.worker.model_runner
+        sampling, drafter, batch = runner.rejection_sampler.sampling, runner.drafter, runner.input_batch
+        draw = sampling.draw
 
-        def recorded(metadata: Any, *args: Any) -> Any:
-            output = forward(metadata, *args)
-            drafts = metadata.draft_token_ids.split(metadata.num_draft_tokens)
-            for request_id, drafts_G, tokens_C in zip(batch.req_ids, drafts, output.sampled_token_ids, strict=True):
-                if len(drafts_G) > 0:
+        def recorded(*args: Any) -> Any:
+            output = draw(*args)
+            block = drafter.verifying
+            for request_id, tokens_C in zip(batch.req_ids, output.sampled_token_ids, strict=True):
+                if block is not None and request_id in block.place:
                     emitted = tokens_C[tokens_C >= 0]
                     self.blocks.setdefault(request_id, []).append(len(emitted))
-                    other = emitted != drafts_G[: len(emitted)]
+                    other = emitted != block.tokens_BG[block.place[request_id], : len(emitted)]
                     self.corrected.setdefault(request_id, []).append(other.tolist())
             return output
 
-        sampler.forward = recorded
+        sampling.draw = recorded
 
     def use(self, policy: str) -> None:
         """Another policy in the same engine."""
@@ -243,17 +244,17 @@ class BlendedEngine:
                 ids = list(completion.token_ids)
                 entries = zip(ids, completion.logprobs, strict=True)
                 logprobs = [entry[token].logprob for token, entry in entries]
-                output.blocks = self._blocks_of(self.blocks, output.request_id, len(ids) - 1, int)
-                blocks = self._blocks_of(self.corrected, output.request_id, len(ids) - 1, len)
-                output.corrected = [flag for block in blocks for flag in block]
+                output.blocks = self._blocks_of(self.blocks, output.request_id)
+                output.corrected = [
+                    flag for block in self._blocks_of(self.corrected, output.request_id) for flag in block
+                ]
                 future.set_result(Answer(ids, logprobs, completion.finish_reason, raw=output))
         return [task.result() for task in tasks]
 
-    def _blocks_of(self, record: dict[str, list[Any]], request_id: str, tokens: int, size: Any) -> list[Any]:
+    def _blocks_of(self, record: dict[str, list[Any]], request_id: str) -> list[Any]:
         """What was recorded of a request's blocks; vLLM appends a suffix to the ids it uses inside."""
         prefix = f"{request_id}-"
-        blocks = next((v for k, v in record.items() if k == request_id or k.startswith(prefix)), [])
-        return blocks if sum(map(size, blocks)) == tokens else blocks[1:]  # a padded first step: the forced token
+        return next((v for k, v in record.items() if k == request_id or k.startswith(prefix)), [])
 
     def close(self) -> None:
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory

@@ -7,8 +7,10 @@ so each test shows that it can fail. About 50 p-values: a correct engine fails o
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -262,6 +264,50 @@ def test_prefix_cache_hits_change_nothing(run: Run) -> None:
     assert sum(rollout.resubmitted for rollout in hits.rollouts) == 0
     check_logprobs(hits.visited)
     check(hits, torch.ones_like(hits.visited.token_N, dtype=torch.bool))
+
+
+def test_blocks_of_any_length_leave_the_rollouts_exact(run: Run) -> None:
+    """Lengths that change from step to step, known before the block is drafted; also where vLLM schedules none."""
+    lengths, draw = run.engine.worker.draft_lengths[0], random.Random(0)
+    lengths.choose = lambda rows: draw.randint(1, run.engine.draft_tokens)
+    try:
+        prompts = random_prompts(100, 6, seed=9) * 4
+        varied = make_run(run.engine, prompts, [0.1, 0.3] * 200, [12, 7, 12, 5] * 100)
+    finally:
+        del lengths.choose
+    assert sum(rollout.resubmitted for rollout in varied.rollouts) == 0
+    check_logprobs(varied.visited)
+    place_N = varied.block_position_N()
+    check(varied, place_N == 0)
+    if run.engine.draft_tokens > 1:
+        assert place_N.max() == run.engine.draft_tokens - 1
+        check(varied, place_N > 0)
+
+
+def test_what_the_models_compute(run: Run) -> None:
+    """Of a block the teacher reads γ positions, none for a bonus; the student passes γ times over one token a row."""
+    blended, runner = run.engine, run.engine.worker.model_runner
+    seen: dict[str, list[int]] = {"teacher": [], "student": []}
+    teacher, student = runner._model_forward, runner.drafter.model.forward
+
+    def of_teacher(*args: Any, **kwargs: Any) -> Any:
+        seen["teacher"].append(len(kwargs["positions"]))
+        return teacher(*args, **kwargs)
+
+    def of_student(*args: Any, **kwargs: Any) -> Any:
+        seen["student"].append(len(kwargs["positions"]))
+        return student(*args, **kwargs)
+
+    runner._model_forward, runner.drafter.model.forward = of_teacher, of_student
+    try:
+        blended.llm.reset_prefix_cache()
+        (rollout,) = blended.rollouts([random_prompts(1, 20, seed=11)[0]], 0.1, 12)
+    finally:
+        runner._model_forward, runner.drafter.model.forward = teacher, student
+    drafts, blocks = blended.draft_tokens, len(rollout.raw.blocks)
+    assert seen["teacher"] == [19] + [drafts] * blocks
+    assert seen["student"] == [20] + [1] * (len(seen["student"]) - 1)
+    assert blocks * drafts <= len(seen["student"]) <= (blocks + 1) * drafts
 
 
 def test_temperature_applies_to_both_models(run: Run) -> None:

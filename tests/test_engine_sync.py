@@ -6,9 +6,11 @@ The engine tells both models' log-probabilities itself: at ε = 0 it returns log
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from engine import STUDENT, BlendedEngine, engine, make_pair, tiny_model
@@ -103,6 +105,44 @@ def test_two_syncs_with_untied_head(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     with engine(make_pair(tmp_path), draft_tokens=2) as blended:
         check_two_syncs(blended, False, torch.float32, most=1e-4, mean=1e-5)
+
+
+def test_released_teacher_gives_its_memory_back(tmp_path: Path) -> None:
+    """The process shrinks by the teacher's weights and KV cache; the student, synced again, answers as before; what
+    still asks for the teacher is an error.
+    """
+    torch.set_num_threads(1)
+    large = {"hidden_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2}
+    pair = make_pair(tmp_path)
+    tiny_model(5, **large).save_pretrained(pair.teacher)
+    weights = sum(file.stat().st_size for file in pair.teacher.glob("*.safetensors"))
+    assert weights > 50e6
+    with engine(pair, draft_tokens=2) as blended:
+        blended.rollouts(PROMPTS, 0.1, 10)
+        blended.llm.reset_prefix_cache()
+        blended.llm.collective_rpc("skip_teacher", kwargs={"skipped": True})
+        caches = {cache.data_ptr(): cache.nbytes for cache in blended.worker.model_runner.kv_caches}
+        process = psutil.Process()
+        gc.collect()
+        before = process.memory_info().rss
+        blended.llm.collective_rpc("release_teacher")
+        freed = before - process.memory_info().rss
+        kept = {cache.data_ptr(): cache.nbytes for cache in blended.worker.model_runner.kv_caches}
+        assert sum(caches.values()) - sum(kept.values()) > 0.5 * sum(caches.values())
+        assert freed > 0.9 * weights
+
+        new = tiny_model(7, **STUDENT)
+        sync(blended, new, torch.float32)
+        rollouts = blended.rollouts(PROMPTS, 0.0, 10)
+        responses = [rollout.token_ids for rollout in rollouts]
+        logp_NV = next_token_logprobs(new, PROMPTS, responses, pair.vocabulary)
+        token_N = torch.tensor([token for response in responses for token in response])
+        returned_N = torch.tensor([x for rollout in rollouts for x in rollout.logprobs], dtype=torch.float64)
+        assert (returned_N - logp_NV.gather(-1, token_N[:, None]).squeeze(-1)).abs().max() < 1e-4
+
+        blended.llm.collective_rpc("skip_teacher", kwargs={"skipped": False})
+        with pytest.raises(RuntimeError, match=r"after trb\.release_teacher had freed its memory"):
+            blended.rollouts(PROMPTS[:1], 0.1, 2)
 
 
 @pytest.mark.slow

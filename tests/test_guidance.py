@@ -10,7 +10,15 @@ from conftest import ToyRun
 from omegaconf import OmegaConf
 
 from verl_trb.config import TrbConfig, trb_config
-from verl_trb.guidance import check_guidance, check_vocabulary, describe, guidance, guidance_metrics, step_policy
+from verl_trb.guidance import (
+    check_guidance,
+    check_vocabulary,
+    describe,
+    guidance,
+    guidance_metrics,
+    last_teacher_step,
+    step_policy,
+)
 from verl_trb.schedules import annealed_epsilon
 
 
@@ -32,6 +40,31 @@ def test_the_trust_region_is_annealed_over_the_warmup(policy: str):
 
 def test_a_fixed_epsilon_stays():
     assert over_steps(settings(policy="fixed_epsilon", epsilon=0.04, warmup_steps=2), 4) == [{"epsilon": 0.04}] * 4
+
+
+@pytest.mark.parametrize(
+    ("values", "last"),
+    [
+        ({"policy": "trb", "warmup_steps": 3}, 3),
+        ({"policy": "trb", "warmup_steps": 30}, 9),  # of 9 steps
+        ({"policy": "trb", "epsilon": 0}, 0),
+        ({"policy": "trb", "policy_params": {"epsilon": [[1, 0.1], [5, 0]]}, "warmup_steps": 7}, 4),
+        ({"policy": "skd"}, 9),
+        ({"policy": "skd", "guided_steps": 2}, 2),
+        ({"policy": "student"}, 0),
+        ({"policy": "student", "sft_steps": 4}, 4),
+        ({"policy": "temperature", "policy_params": {"temperature": 0.5}}, 0),
+    ],
+)
+def test_the_last_step_whose_rollouts_need_the_teacher(values: dict[str, Any], last: int):
+    assert last_teacher_step(settings(**values), 9) == last
+
+
+def test_releasing_a_teacher_that_is_needed_to_the_end_is_refused():
+    check_guidance(settings(policy="trb", release_teacher=True))
+    check_guidance(settings(policy="skd", release_teacher=True, guided_steps=3))
+    with pytest.raises(ValueError, match=r"release_teacher=true never frees anything: trb\.policy=skd asks"):
+        check_guidance(settings(policy="skd", release_teacher=True))
 
 
 @pytest.mark.parametrize("policy", ["trb", "fixed_epsilon", "skd", "teacher", "temperature", "student"])

@@ -77,6 +77,9 @@ class TrbConfig:
     warmup_steps: K >= 1, steps after which rollouts are the student's own, for policies that are a warm-up.
     guided_steps: the same for any policy, >= 1; null is warmup_steps for warm-ups, else the whole run.
     draft_tokens: gamma >= 1, tokens the student drafts before the teacher reads them.
+    adapt_drafts: choose for each block how many, up to draft_tokens, by what steps cost and how many drafts were
+      accepted.
+    release_teacher: free the rollout engine's copy of the teacher once no step needs it for rollouts any more.
     loss: how the divergence is computed: over the `full` vocabulary, on `topk` tokens, or of the `sampled` token.
     topk: k >= 1 of the top-k losses.
     divergence: the loss between student and teacher, a name of verl_trb/divergences.py or FILE.py:NAME of one's own.
@@ -114,6 +117,8 @@ class TrbConfig:
     warmup_steps: int = 50
     guided_steps: int | None = None
     draft_tokens: int = 4
+    adapt_drafts: bool = False
+    release_teacher: bool = False
     loss: str = "full"
     topk: int = 16
     divergence: str = "reverse_kl"

@@ -17,6 +17,7 @@ from verl_trb.policies import STUDENT, TEACHER, Policy, get_policy
 from verl_trb.schedules import annealed_epsilon
 
 PARAMS = "trb.policy_params"
+FOREVER = 2**62  # a step behind every schedule's last point
 
 
 def guidance(trb: Any, step: int, validate: bool = False) -> dict[str, float] | None:
@@ -49,6 +50,16 @@ def last_guided_step(trb: Any) -> int | None:
     return trb.warmup_steps if trb.guided_steps is None and get_policy(trb.policy).warmup else trb.guided_steps
 
 
+def needs_teacher(trb: Any, step: int) -> bool:
+    """Whether the rollouts of a training step need the teacher."""
+    return guidance(trb, step) is not None and get_policy(step_policy(trb, step)).needs_teacher
+
+
+def last_teacher_step(trb: Any, total_steps: int) -> int:
+    """The last of `total_steps` training steps whose rollouts need the teacher; 0: none."""
+    return next((step for step in range(total_steps, 0, -1) if needs_teacher(trb, step)), 0)
+
+
 def guidance_metrics(trb: Any, step: int) -> dict[str, float]:
     """What is logged of a training step: trb/epsilon (0 where rollouts are the student's own, absent for policies
     without), and trb/param/<name> for the other parameters while they guide.
@@ -71,6 +82,11 @@ def check_guidance(trb: Any) -> None:
             raise ValueError(f"The rollout policy {policy.name!r} needs {PARAMS}.{name}, {parameter}.")
     if policy.name == STUDENT and trb.guided_steps is not None:
         raise ValueError(f"trb.guided_steps={trb.guided_steps} guides nothing with trb.policy={STUDENT}; remove it.")
+    if trb.release_teacher and needs_teacher(trb, FOREVER):
+        raise ValueError(
+            f"trb.release_teacher=true never frees anything: trb.policy={policy.name} asks the teacher to the end of "
+            "the run; remove it, or set trb.guided_steps."
+        )
 
 
 def check_idle(trb: Any, named: Collection[str]) -> None:

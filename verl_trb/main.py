@@ -140,7 +140,7 @@ def header(config: DictConfig) -> dict[str, str]:
         "recipe": f"{trb.recipe}, method {trb.method}" if trb.method else trb.recipe,
         "student": config.actor_rollout_ref.model.path or f"made by task {trb.prepare}",
         "teacher": trb.teacher.path or f"made by task {trb.prepare}",
-        "rollouts": f"{describe(trb)}, γ = {trb.draft_tokens}",
+        "rollouts": f"{describe(trb)}, γ {'≤' if trb.adapt_drafts else '='} {trb.draft_tokens}",
         "loss": describe_objective(trb),
         "results": trb.run_dir,
         "logs": f"{trb.run_dir}/logs",

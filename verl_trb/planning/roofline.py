@@ -40,9 +40,9 @@ def guided_rate(
     *,
     element_bytes=2,
 ) -> float:
-    """Tokens a second of guided rollouts: gamma passes of the student, one of the teacher over gamma + 1 positions."""
+    """Tokens a second of guided rollouts: gamma passes of the student, one of the teacher over as many positions."""
     drafting = gamma * pass_seconds(student, device, batch, context, 1, element_bytes=element_bytes)
-    verifying = pass_seconds(teacher, device, batch, context, gamma + 1, element_bytes=element_bytes)
+    verifying = pass_seconds(teacher, device, batch, context, gamma, element_bytes=element_bytes)
     return batch * tokens_per_block(gamma, tv) / (drafting + verifying)
 
 

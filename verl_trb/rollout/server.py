@@ -37,6 +37,7 @@ class BlendedHttpServer(vLLMHttpServer):
         self.resubmitted = 0
         # The teacher's gate: closed (skipped) only while no request in flight needs the teacher.
         self.teacher_skipped, self.in_flight = False, 0
+        self.teacher_released = False
         self.gate = asyncio.Condition()
         super().__init__(config, *args, **kwargs)
         name_socket()
@@ -86,6 +87,7 @@ class BlendedHttpServer(vLLMHttpServer):
             kwargs={
                 "policy": self.trb["policy"],
                 "vocabulary": asdict(self.vocabulary),
+                "adapt_drafts": self.trb["adapt_drafts"],
             },
         )
 
@@ -143,14 +145,15 @@ class BlendedHttpServer(vLLMHttpServer):
         empty. Blocks cached while the teacher was skipped lack its keys and values: they are dropped.
         """
         async with self.gate:
+            if needed and self.teacher_released:
+                raise RuntimeError(
+                    "a rollout needs the teacher, whose memory trb.release_teacher has freed in the rollout engine: "
+                    "start the run with trb.release_teacher=false"
+                )
             if needed and self.teacher_skipped:
                 await self.gate.wait_for(lambda: self.in_flight == 0 or not self.teacher_skipped)
             skip = not needed and (self.teacher_skipped or self.in_flight == 0)
-            if skip != self.teacher_skipped and self.in_flight == 0:
-                if not await self.engine.reset_prefix_cache():
-                    raise RuntimeError("the rollout engine could not drop its prefix cache although it was idle")
-                await self.engine.collective_rpc(method="skip_teacher", kwargs={"skipped": skip})
-                self.teacher_skipped = skip
+            await self._skip_teacher(skip)
             self.in_flight += 1
         try:
             yield
@@ -189,6 +192,24 @@ class BlendedHttpServer(vLLMHttpServer):
         # Every tensor-parallel rank sees the same tokens.
         traces = (await self.engine.collective_rpc("take_traces"))[0]
         return [{**sample, **traces[sample.pop("name")]} for sample in made]
+
+    async def _skip_teacher(self, skip: bool) -> None:
+        """Close or open the gate, if the engine is empty."""
+        if skip != self.teacher_skipped and self.in_flight == 0:
+            if not await self.engine.reset_prefix_cache():
+                raise RuntimeError("the rollout engine could not drop its prefix cache although it was idle")
+            await self.engine.collective_rpc(method="skip_teacher", kwargs={"skipped": skip})
+            self.teacher_skipped = skip
+
+    async def release_teacher(self) -> None:
+        """Free the memory of the teacher's weights and KV cache; from now on requests that need it are refused."""
+        if self.node_rank != 0 or self.teacher_released:
+            return
+        async with self.gate:
+            self.teacher_released = True
+            await self.gate.wait_for(lambda: self.in_flight == 0)
+            await self._skip_teacher(True)
+            await self.engine.collective_rpc(method="release_teacher")
 
     async def take_rollout_statistics(self) -> dict[str, float]:
         """Sums over the rollout tokens since the last call (see statistics.py), and requests resubmitted."""

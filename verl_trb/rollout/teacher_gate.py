@@ -1,10 +1,13 @@
 """Skips the teacher's forward pass in the engine while no request needs it (validation, after the warm-up).
 
 While skipped, the teacher's KV cache is not written, so the server closes the gate only between requests and
-resets the prefix cache before it opens it again (server.py).
+resets the prefix cache before it opens it again (server.py). Once no step of the run will need the teacher any more,
+its weights and its keys and values can be freed; then the gate stays closed.
 """
 
-from typing import Any
+import gc
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 
@@ -33,3 +36,36 @@ class TeacherGate:
         if not self.skipped:
             return self._compute_logits(hidden_states, *args, **kwargs)
         return hidden_states.new_zeros(()).expand(hidden_states.shape[0], self.vocab_size)
+
+    def release(self) -> None:
+        """Free the teacher's weights, and the KV cache tensors that no layer of the student shares.
+
+        The cache keeps its number of blocks: vLLM plans it once.
+        """
+        assert self.skipped, "the teacher is released behind a closed gate"
+        runner = self.runner
+        self._forward = self._compute_logits = _released
+        runner.model = ReleasedTeacher(self.compute_logits)
+        student = {name for group in runner.drafter.draft_attn_groups for name in group.layer_names}
+        layers = runner.compilation_config.static_forward_context
+        for tensor in runner.kv_cache_config.kv_cache_tensors:
+            if student.isdisjoint(tensor.shared_by):
+                for name in tensor.shared_by:
+                    kept = layers[name].kv_cache
+                    runner.kv_caches[:] = [cache for cache in runner.kv_caches if cache is not kept]
+                    layers[name].kv_cache = None
+        gc.collect()
+        if runner.device.type != "cpu":
+            torch.accelerator.empty_cache()
+
+
+class ReleasedTeacher(torch.nn.Module):
+    """What the runner holds instead of the teacher: the gate's answers."""
+
+    def __init__(self, compute_logits: Callable[..., torch.Tensor | None]) -> None:
+        super().__init__()
+        self.compute_logits = compute_logits
+
+
+def _released(*args: Any, **kwargs: Any) -> NoReturn:
+    raise RuntimeError("the teacher was asked for a forward pass after trb.release_teacher had freed its memory")

@@ -1,7 +1,8 @@
 """What the sampler saw at every token of a few requests, for the report's sample rollouts.
 
 A request with a name in its `extra_args` is traced; all others cost one look at the batch. Tracing draws random numbers
-like any rollout, so the worker puts its generators back afterwards: a run with samples is the run without.
+like any rollout, so the worker puts its generators back afterwards: a run with samples is the run without (but for
+`trb.adapt_drafts`, which learns from their steps).
 
 Shapes: R requests of the batch with drafts, G drafts a block.
 """

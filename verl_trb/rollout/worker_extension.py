@@ -11,9 +11,11 @@ from verl.workers.rollout.vllm_rollout.utils import monkey_patch_compute_logits,
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from verl_trb.policies import get_policy
+from verl_trb.rollout.draft_length import DraftLength
+from verl_trb.rollout.drafter import Block, StudentDrafter
 from verl_trb.rollout.padded_student import fit_rows
 from verl_trb.rollout.request import BlendedRequest
-from verl_trb.rollout.sampler import BehaviorSampler, BlendedSampling, ForcedTokenSampler, Row
+from verl_trb.rollout.sampler import BareSampler, BehaviorSampler, BlendedSampling, Row
 from verl_trb.rollout.statistics import RolloutStatistics
 from verl_trb.rollout.teacher_gate import TeacherGate
 from verl_trb.rollout.trace import RandomState
@@ -23,32 +25,38 @@ from verl_trb.vocabulary import SharedVocabulary
 class BlendedWorkerExtension(vLLMColocateWorkerExtension):
     """The methods that our server calls on every vLLM worker through `collective_rpc`."""
 
-    def install_behavior_policy(self, policy: str, vocabulary: dict[str, Any]) -> None:
-        """Replace the runner's two samplers. Called once, after vLLM has loaded both models and warmed up."""
+    def install_behavior_policy(self, policy: str, vocabulary: dict[str, Any], adapt_drafts: bool = False) -> None:
+        """Replace the runner's two samplers and its proposer. Called once, after vLLM has loaded both models and
+        warmed up.
+
+        adapt_drafts: blocks have as many drafts as pay, not always as many as the engine was made for.
+        """
         runner = self.model_runner
         shared = SharedVocabulary(**{**vocabulary, "masked": tuple(vocabulary["masked"])})
         self.rollout_statistics = RolloutStatistics(runner.device)
         self.teacher_gate = TeacherGate(runner)
         sampling = BlendedSampling(
-            rows=self._rows,
+            view=self._view,
             policy=get_policy(policy),
             vocabulary=shared,
             statistics=self.rollout_statistics,
             gate=self.teacher_gate,
         )
         self.traces = sampling.traces
+        longest = runner.speculative_config.num_speculative_tokens
+        # One for each state of the gate: steps without the teacher cost less, and reject nothing.
+        self.draft_lengths = [DraftLength(longest, None if adapt_drafts else longest) for _ in (False, True)]
+        StudentDrafter.take_over(runner, lambda: self.draft_lengths[self.teacher_gate.skipped])
         # The drafter samples inside vLLM: its logits are masked where they are made, with verl's own function.
         monkey_patch_compute_logits(runner.drafter.model, shared.size, list(shared.masked))
         runner.rejection_sampler = BehaviorSampler(runner.rejection_sampler, sampling)
-        runner.sampler = ForcedTokenSampler(runner.sampler, sampling)
+        runner.sampler = BareSampler(runner.sampler, sampling)
 
-    def _rows(self) -> list[Row]:
-        """The runner's requests in the order of the batch, as the samplers need them."""
+    def _view(self) -> tuple[list[Row], Block | None]:
+        """The runner's requests in the order of the batch, and the block that this step verifies."""
         runner = self.model_runner
-        student_BGV = {}
-        if runner._draft_probs is not None:
-            student_BGV = dict(zip(runner._draft_prob_req_ids, runner._draft_probs, strict=True))
-        elif any(token >= 0 for drafts in runner.input_batch.spec_token_ids for token in drafts):
+        block = runner.drafter.take_block()
+        if block is None and any(token >= 0 for drafts in runner.input_batch.spec_token_ids for token in drafts):
             # Drafts without a distribution: vLLM skipped the student, whose KV cache now has a gap that later
             # requests would read through the prefix cache; or the whole batch is greedy.
             raise RuntimeError(
@@ -65,14 +73,23 @@ class BlendedWorkerExtension(vLLMColocateWorkerExtension):
                     request=BlendedRequest.read(params.extra_args),
                     generated=generated,
                     remaining=params.max_tokens - generated,
-                    student_GV=student_BGV.get(request_id),
+                    place=None if block is None else block.place.get(request_id),
                 )
             )
-        return rows
+        return rows, block
+
+    def fix_draft_tokens(self, drafts: int | None) -> None:
+        """Blocks of this many drafts from now on; None: as many as pay."""
+        for length in self.draft_lengths:
+            length.fixed = drafts
 
     def skip_teacher(self, skipped: bool) -> None:
         """Close or open the teacher's gate; only while no request is in the engine."""
         self.teacher_gate.skipped = skipped
+
+    def release_teacher(self) -> None:
+        """Free the teacher's memory, for good; behind a closed gate."""
+        self.teacher_gate.release()
 
     def take_rollout_statistics(self) -> dict[str, float]:
         """The sums of `RolloutStatistics` since the last call."""

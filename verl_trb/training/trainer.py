@@ -19,7 +19,7 @@ from verl.workers.utils.padding import response_from_nested, response_to_nested
 import verl_trb.rollout.server  # noqa: F401  registers the rollout engine with verl in this process
 from verl_trb import guard_rails
 from verl_trb.errors import ComponentLost, RunError
-from verl_trb.guidance import guidance_metrics
+from verl_trb.guidance import guidance_metrics, last_teacher_step
 from verl_trb.objective import objective_metrics, step_objective
 from verl_trb.policies import get_policy
 from verl_trb.rollout.statistics import merge, rollout_metrics
@@ -85,6 +85,7 @@ class DistillationTrainer(CheckpointingTrainer):
     def on_init_end(self) -> None:
         super().on_init_end()
         self.samples = SampleRecorder(self.config, self.tokenizer, self.val_dataset, self.total_training_steps)
+        self.last_teacher_step = last_teacher_step(self.config.trb, self.total_training_steps)
         self.emit({"kind": "ready", "step": self.global_steps, "total_steps": self.total_training_steps})
 
     # ------------------------------------------------------------------ one step
@@ -111,6 +112,8 @@ class DistillationTrainer(CheckpointingTrainer):
             with marked_timer("samples", self.timing_raw):
                 self.samples.record(self.global_steps, self.llm_server_manager.get_replicas()[0].servers[0])
             self._take_rollout_sums()  # not the step's
+        if self.config.trb.release_teacher and self.global_steps > self.last_teacher_step:
+            self._release_teacher()
         self.objective = step_objective(self.config.trb, self.global_steps)
         # verl asks at every step: only a policy gradient needs the student's log-probabilities before the update.
         self.config.algorithm.rollout_correction.bypass_mode = not self.objective.policy_gradient
@@ -159,9 +162,15 @@ class DistillationTrainer(CheckpointingTrainer):
             self.emit({"kind": "warning", "text": f"step {self.global_steps}: {said}"})
         return float(len(failures))
 
+    def _servers(self) -> list[Any]:
+        return [server for replica in self.llm_server_manager.get_replicas() for server in replica.servers]
+
     def _take_rollout_sums(self) -> dict[str, float]:
-        servers = [server for replica in self.llm_server_manager.get_replicas() for server in replica.servers]
-        return merge(ray.get([server.take_rollout_statistics.remote() for server in servers]))
+        return merge(ray.get([server.take_rollout_statistics.remote() for server in self._servers()]))
+
+    def _release_teacher(self) -> None:
+        """In the rollout engines; a resumed run whose warm-up is over does it at its first step."""
+        ray.get([server.release_teacher.remote() for server in self._servers()])
 
     def _compute_old_log_prob(self, batch: Any, metrics: dict) -> Any:
         if self.objective.samples:  # the teacher's log-probabilities in the same pass

@@ -55,6 +55,11 @@ def test_wrong_value_is_one_sentence_with_its_key(key: str, value: object, says:
     assert says in str(refused.value) and "\n" not in str(refused.value)
 
 
+def test_reruns_that_are_to_be_equal_have_no_clock_in_them():
+    with pytest.raises(ConfigError, match=r"adapt_drafts=true and trb\.deterministic=true exclude each other"):
+        trb_config(with_trb(adapt_drafts=True, deterministic=True))
+
+
 @pytest.mark.parametrize("values", [{"epsilon": 0}, {"epsilon": 1, "draft_tokens": 1, "warmup_steps": 1, "topk": 1}])
 def test_values_at_the_edge_are_taken(values: dict[str, float]):
     checked = trb_config(with_trb(**values))

@@ -253,3 +253,11 @@ def test_draws_are_in_proportion_to_the_weights(scale: float) -> None:
     assert (drawn_V[weight_V == 0] == 0).all()
     some_V = weight_V > 0
     assert float(((drawn_V - expected_V)[some_V] ** 2 / expected_V[some_V]).sum()) < 45
+
+
+def test_a_row_with_nan_still_gets_an_id() -> None:
+    """Any id: the engine counts the row as broken (statistics.py), for which it must look it up."""
+    weight_BV = torch.rand(3, 8)
+    weight_BV[1, 4] = torch.nan
+    token_B = draw(weight_BV)
+    assert ((token_B >= 0) & (token_B < 8)).all() and token_B[1] == 0

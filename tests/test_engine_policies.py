@@ -187,7 +187,7 @@ def test_traces_are_the_rollouts_and_leave_no_trace(blended: BlendedEngine) -> N
     for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
         trace, answer = traces[str(i)], output.outputs[0]
         assert trace["tokens"] == list(answer.token_ids)[1:]
-        flags = blended._blocks_of(blended.corrected, output.request_id, len(trace["tokens"]), len)
+        flags = blended._blocks_of(blended.corrected, output.request_id)
         assert trace["corrected"] == [flag for block in flags for flag in block]
         logprobs = [entry[token].logprob for token, entry in zip(answer.token_ids, answer.logprobs, strict=True)]
         assert trace["log_mu"] == pytest.approx(logprobs[1:])

@@ -168,6 +168,11 @@ class TrbConfig:
                 "trb.placement=separate is not there: with synchronous steps (trainer.v1.trainer_mode=sync) engines on "
                 "nodes of their own and the training nodes would wait for each other; set trb.placement=colocated."
             )
+        if self.adapt_drafts and self.deterministic:
+            raise ConfigError(
+                "trb.adapt_drafts=true and trb.deterministic=true exclude each other: the number of drafts would "
+                "follow the clock, and reruns would differ; remove one."
+            )
         _one_of("trb.placement", self.placement, PLACEMENTS)
         _one_of("trb.lr_warmup", self.lr_warmup, ("linear", "cosine"))
         _one_of("trb.loss", self.loss, LOSSES)

@@ -122,7 +122,7 @@ def draw(weight_BV: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """One id a row, int64 [B], in proportion to weights >= 0 that need not add up to 1; never one of weight 0.
 
     On a CPU by one uniform number a row and the cumulative weights in float64: an exponential variate a token, the
-    usual way on a GPU, costs there as much as a small model's forward pass.
+    usual way on a GPU, costs there as much as a small model's forward pass. A row with NaN gets some id, too.
     """
     if weight_BV.device.type != "cpu":
         # argmax of weight / Exp(1) is such a draw, without normalizing.
@@ -130,8 +130,5 @@ def draw(weight_BV: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return (weight_BV / clock_BV.clamp_min_(torch.finfo(clock_BV.dtype).tiny)).argmax(-1)
     sum_BV = weight_BV.cumsum(-1, dtype=torch.float64)
     uniform_B1 = torch.rand(len(weight_BV), 1, dtype=torch.float64, generator=generator)
-    return (
-        torch.searchsorted(sum_BV, uniform_B1 * sum_BV[:, -1:], right=True)
-        .squeeze(-1)
-        .clamp_max_(weight_BV.shape[-1] - 1)
-    )
+    token_B = torch.searchsorted(sum_BV, uniform_B1 * sum_BV[:, -1:], right=True).squeeze(-1)
+    return token_B.where(token_B < weight_BV.shape[-1], 0)

@@ -188,7 +188,7 @@ def gpu_costs(c: dict[str, float], tokens_of_a_device: float) -> Costs:
 
     def block(n: int) -> float:
         drafting = GAMMA * pass_seconds(STUDENT, H100, n, CONTEXT, 1)
-        return drafting + pass_seconds(TEACHER, H100, n, CONTEXT, GAMMA + 1)
+        return drafting + pass_seconds(TEACHER, H100, n, CONTEXT, GAMMA)
 
     return Costs(
         block=block,

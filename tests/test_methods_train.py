@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from verl_trb.recipe_source import METHOD, names
+from verl_trb.session import session
 
 STEPS, TIMEOUT = 3, 600  # training steps; seconds for one run
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * TIMEOUT)]
@@ -20,6 +21,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The toy pair, made once; kept between test runs where the environment names a folder."""
     folder = os.environ.get("VERL_TRB_TEST_CACHE")
     return Path(folder) if folder else tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def template(tmp_path_factory: pytest.TempPathFactory):
+    """The workers of all runs are forks of one process."""
+    with session(["recipe=quickstart"], tmp_path_factory.mktemp("template") / "log"):
+        yield
 
 
 def train(method: str, tmp_path: Path, cache: Path, *arguments: str) -> list[dict]:

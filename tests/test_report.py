@@ -259,7 +259,7 @@ def test_command_errors_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureF
         ([run, tmp_path / "gone"], "gone is not a run folder"),
         ([run, "--out", file / "report"], "file"),
     ):
-        assert main([str(argument) for argument in arguments]) == 1
+        assert main([str(argument) for argument in arguments]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and words in error and error.count("\n") == 1
         assert error.endswith(".\n")

@@ -71,6 +71,23 @@ def test_eight_figures_and_all_sections(tmp_path: Path) -> None:
     assert used and used <= set(ids)
 
 
+def test_one_step_of_each_run_that_recorded_it(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, epsilon=e) for name, e in (("a", 0.1), ("b", 0.2), ("c", 0.3))]
+    assert "One step" not in page(runs)
+    for run, seconds in zip(runs[:2], (1.0, 3.0), strict=True):
+        spans = [["trainer", "gen", 0.0, 0.6], ["worker", "teacher", 0.7, 0.9]]
+        steps = [{"step": step, "seconds": seconds * step, "spans": spans} for step in (1, 2, 3, 4)]
+        (run / "timeline.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    html = page(runs)
+    tags = Tags(html)
+    assert [tag for tag, _ in tags.tags].count("figure") == 10
+    for words in ("Step 3: 3.00 s", "Step 3: 9.00 s", "waiting for rollouts", "teacher's pass"):
+        assert words in tags.text
+    assert not {"script", "img", "image"} & {tag for tag, _ in tags.tags}
+    ids = [attributes["id"] for _, attributes in tags.tags if "id" in attributes]
+    assert set(re.findall(r'(?:url\(#|href="#)([^")]+)', html)) <= set(ids)
+
+
 def test_nothing_is_fetched_and_nothing_runs(tmp_path: Path) -> None:
     html = page([write_run(tmp_path / "a", [sample()])])
     for tag, attributes in Tags(html).tags:

@@ -20,10 +20,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         written = write_report(args.runs, out)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     except OSError as error:
         print(f"error: {error.filename or out}: {error.strerror or error}.", file=sys.stderr)
-        return 1
+        return 2
     print(f"wrote {', '.join(str(file) for file in written)}")
     return 0
 

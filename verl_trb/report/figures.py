@@ -1,38 +1,43 @@
-"""Panels as inline SVG whose colours are the page's, so that they follow its light or dark theme."""
+"""Figures as inline SVG whose colours are the page's, so that they follow its light or dark theme."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from verl_trb.report import panels
-from verl_trb.report.metrics import Metrics
-from verl_trb.report.picture import Panel
 
 # Drawn in these, shown as the page's variables of those names.
 THEMED = {panels.INK: "ink", panels.FAINT: "faint", panels.GRID: "grid"}
 THEMED |= {color: f"run{i}" for i, color in enumerate(panels.COLORS)}
 
 
-def inline_svg(draw: Panel, runs: Sequence[Metrics], name: str) -> str:
-    """One panel as an <svg> element for an HTML page.
+# Inches, and the parts of them that the axes begin and end at.
+PANEL = (6.0, 3.8), {"left": 0.12, "right": 0.9, "top": 0.84, "bottom": 0.13}
+WIDE = (11.0, 4.4), {"left": 0.12, "right": 0.99, "top": 0.9, "bottom": 0.28}
 
-    name: of the panel, a word; it keeps the ids of several figures in one page apart.
+
+def inline_svg(draw: Callable[[Axes], object], name: str, layout: tuple[tuple[float, float], dict] = PANEL) -> str:
+    """What `draw` draws into axes, as an <svg> element for an HTML page.
+
+    name: a word; it keeps the ids of several figures in one page apart.
     """
+    size, margins = layout
     look = panels.LOOK | {"svg.fonttype": "none", "svg.hashsalt": name, "svg.id": f"figure-{name}"}
     with mpl.rc_context(look):
-        figure = Figure(figsize=(6, 3.8))
+        figure = Figure(figsize=size)
         FigureCanvasSVG(figure)
         panel = figure.subplots()
-        figure.subplots_adjust(left=0.12, right=0.9, top=0.84, bottom=0.13)
+        figure.subplots_adjust(**margins)
         figure.patch.set_visible(False)
         panel.patch.set_visible(False)
-        draw(panel, runs)
+        draw(panel)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
     svg = text.getvalue()[text.getvalue().index("<svg") :]

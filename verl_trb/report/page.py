@@ -9,16 +9,19 @@ from __future__ import annotations
 import importlib.resources
 import os
 from collections.abc import Sequence
+from functools import partial
 from html import escape
 from itertools import groupby
 from pathlib import Path
 
+from verl_trb.gantt import draw_gantt
 from verl_trb.report import panels
-from verl_trb.report.figures import inline_svg
+from verl_trb.report.figures import WIDE, inline_svg
 from verl_trb.report.metrics import Metrics, Summary, bounded, read_metrics, run_names, summary
 from verl_trb.report.picture import draw_report
 from verl_trb.report.samples import Sample, read_samples
 from verl_trb.report.settings import differences
+from verl_trb.timeline import read_timeline, typical
 
 PAGE, PICTURE, DETAILS = "report.html", "report.png", "report-details.png"
 STUDENT = "student"
@@ -49,6 +52,7 @@ def page(run_dirs: Sequence[Path]) -> str:
         f"<h1>{title}</h1>",
         _table_of_runs(names, [summary(run) for run in runs], run_dirs),
         _figures(runs),
+        _timelines(names, run_dirs),
         _samples(names, [read_samples(run_dir) for run_dir in run_dirs]),
         _differences(names, run_dirs),
         "<footer>Written by <code>python -m verl_trb.report</code>; what each number means: docs/metrics.md.</footer>",
@@ -92,8 +96,20 @@ def _table_of_runs(names: Sequence[str], summaries: Sequence[Summary], run_dirs:
 
 
 def _figures(runs: Sequence[Metrics]) -> str:
-    drawn = [inline_svg(draw, runs, draw.__name__) for draw in (*panels.SUMMARY, *panels.DETAILS)]
+    drawn = [inline_svg(partial(draw, runs=runs), draw.__name__) for draw in (*panels.SUMMARY, *panels.DETAILS)]
     return f'<h2>Curves</h2>\n<div class="figures">{"".join(f"<figure>{svg}</figure>" for svg in drawn)}</div>'
+
+
+def _timelines(names: Sequence[str], run_dirs: Sequence[Path]) -> str:
+    """Of each run that recorded it, one step: who worked when."""
+    blocks = []
+    for i, (name, run_dir) in enumerate(zip(names, run_dirs, strict=True)):
+        if steps := read_timeline(run_dir):
+            head = f'<h3 class="run" style="--color: {_color(i)}">{escape(name)}</h3>' if len(names) > 1 else ""
+            svg = inline_svg(partial(draw_gantt, step=typical(steps)), f"timeline{i}", WIDE)
+            blocks.append(f'{head}<div class="timeline"><figure>{svg}</figure></div>')
+    hint = "Who worked when in the step of median length; any other step: <code>python -m verl_trb.gantt</code>."
+    return f'<h2>One step</h2>\n<p class="hint">{hint}</p>\n{"".join(blocks)}' if blocks else ""
 
 
 def _samples(names: Sequence[str], samples: Sequence[list[Sample]]) -> str:

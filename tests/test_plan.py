@@ -23,7 +23,14 @@ from verl_trb.planning.memory import (
     resident,
 )
 from verl_trb.planning.remedies import faults, remedies
-from verl_trb.planning.roofline import guided_rate, pass_seconds, student_rate, tokens_per_block, tv_bound
+from verl_trb.planning.roofline import (
+    guided_rate,
+    pass_seconds,
+    student_rate,
+    tokens_per_block,
+    training_flops,
+    tv_bound,
+)
 from verl_trb.planning.shapes import KNOWN, Shape, from_config
 from verl_trb.planning.times import run_seconds, step_time
 
@@ -57,6 +64,21 @@ def test_parameters_are_those_of_the_real_model(tied: bool) -> None:
 )
 def test_known_shapes_have_the_published_sizes(name: str, billions: float) -> None:
     assert KNOWN[f"Qwen/Qwen3-{name}"].parameters / 1e9 == pytest.approx(billions, abs=5e-4)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"], r".*\.mlp\.(gate|up)_proj"])
+def test_adapters_are_those_that_peft_makes(targets: str | list[str]) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    config = Qwen3Config(
+        hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, vocab_size=300,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = get_peft_model(Qwen3ForCausalLM(config), LoraConfig(r=5, target_modules=targets, task_type="CAUSAL_LM"))
+    made = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert from_config(config.to_dict()).adapters(5, targets) == made > 0
 
 
 # Clusters
@@ -126,6 +148,17 @@ def test_resident_state_by_hand() -> None:
     assert resident(replace(JOB, offload_teacher=True))["teacher shards"] == 0
 
 
+def test_adapters_alone_have_gradients_and_moments() -> None:
+    added = 28 * 64 * (2048 * 9 + 2 * 1024 + 3 * 6144)  # q, k, v, o and the three of the MLP, in and out
+    assert STUDENT.adapters(64, "all-linear") == added
+    job = replace(JOB, adapters=added, micro_batches=2)
+    assert resident(job)["optimizer"] == 8 * (added // 8)
+    assert resident(job)["student weights"] == 4 * ((STUDENT.parameters + added) // 8)
+    assert phases(job)["loss"]["gradients"] == phases(job)["optimizer"]["gradients"] == 4 * added // 8
+    frozen = training_flops(STUDENT, TEACHER, True) - training_flops(STUDENT, TEACHER, True, added)
+    assert frozen == 2 * (STUDENT.body + STUDENT.head) - 8 * added
+
+
 def test_the_engine_takes_its_share_and_the_sampler_comes_on_top() -> None:
     parts = engine(JOB)
     sampler = parts.pop("engine: sampler")
@@ -172,7 +205,7 @@ def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
     return code, said.out, said.err
 
 
-@pytest.mark.parametrize("recipe", ["qwen3_1p7b", "qwen3_0p6b"])
+@pytest.mark.parametrize("recipe", ["qwen3_1p7b", "qwen3_0p6b", "qwen3_1p7b_lora"])
 def test_the_papers_pairs_fit_its_machine(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = plan(capsys, f"recipe={recipe}", "cluster=8xH100-80GB")
     assert code == 0 and "it fits" in out

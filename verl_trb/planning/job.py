@@ -55,12 +55,16 @@ def job_of(config: DictConfig, cluster: Cluster) -> Job:
     compute = (fsdp.get("mixed_precision") or {}).get("param_dtype", "bf16")
     vllm: Any = (rollout.get("engine_kwargs") or {}).get("vllm") or {}
     size = int(fsdp.get("fsdp_size", -1) or -1)
+    model = config.actor_rollout_ref.model
+    student = shape_of(preflight.STUDENT, model.path)
+    targets = model.target_modules if isinstance(model.target_modules, str) else list(model.target_modules or [])
     return Job(
-        student=shape_of(preflight.STUDENT, config.actor_rollout_ref.model.path),
+        student=student,
         teacher=shape_of(preflight.TEACHER, trb.teacher.path),
         memory=cluster.device.memory,
         shards=cluster.devices if size < 1 else min(size, cluster.devices),
         tensor_parallel=parallel,
+        adapters=student.adapters(model.lora_rank, targets),
         master=BYTES[str(fsdp.get("model_dtype") or "fp32")],
         compute=BYTES[str(compute)],
         teacher_bytes=BYTES[str(trb.teacher.dtype or rollout.dtype)],
@@ -75,7 +79,7 @@ def job_of(config: DictConfig, cluster: Cluster) -> Job:
         micro_batches=max(micro_batches, 1),
         chunk_tokens=trb.loss_chunk_tokens,
         loss=trb.loss,
-        checkpointing=bool(config.actor_rollout_ref.model.enable_gradient_checkpointing),
+        checkpointing=bool(model.enable_gradient_checkpointing),
         offload_teacher=trb.teacher.offload and not host,
         offload_parameters=fsdp.param_offload and not host,
         offload_optimizer=fsdp.optimizer_offload and not host,

@@ -32,6 +32,7 @@ class Job:
     of the training passes, `teacher_bytes` of the teacher's training copy, `engine` of rollouts.
 
     shards: devices the training state is shared by. micro_tokens: tokens of a micro-batch on a device, padded.
+    adapters: parameters of low-rank adapters, which then are all that is trained; 0 without.
     micro_batches: of one optimizer step. kv_bytes: the engine's KV cache where it is set, else what
     gpu_memory_utilization leaves. sleeps: whether the engine's memory is free during training.
     reserve: bytes for what is no part of the models (a context of CUDA, fragments, the processes themselves on a CPU).
@@ -43,6 +44,7 @@ class Job:
     memory: int
     shards: int = 1
     tensor_parallel: int = 1
+    adapters: int = 0
     master: int = 4
     compute: int = 2
     teacher_bytes: int = 2
@@ -64,6 +66,11 @@ class Job:
     sleeps: bool = True
     reserve: int = 0
     host: bool = False
+
+    @property
+    def trained(self) -> int:
+        """Parameters with a gradient and an optimizer's state."""
+        return self.adapters or self.student.parameters
 
     @property
     def kv_token(self) -> int:
@@ -93,9 +100,10 @@ def peak(job: Job) -> int:
 
 def resident(job: Job) -> Parts:
     """What the training worker holds from the second step on."""
-    shard = job.student.parameters // job.shards
+    shard = (job.student.parameters + job.adapters) // job.shards
+    moments = 2 * job.master * (job.trained // job.shards)
     teacher = 0 if job.offload_teacher else job.teacher_bytes * job.teacher.parameters // job.shards
-    return {"student weights": job.master * shard, "optimizer": 2 * job.master * shard, "teacher shards": teacher}
+    return {"student weights": job.master * shard, "optimizer": moments, "teacher shards": teacher}
 
 
 def offloaded(job: Job, kept: Parts) -> Parts:
@@ -141,11 +149,12 @@ def kv_budget(job: Job) -> int:
 def loss_phase(job: Job) -> Parts:
     """Beyond the resident state, at the loss of a micro-batch and the beginning of its backward pass."""
     student, teacher = job.student, job.teacher
-    gradients = job.master * student.parameters // job.shards if job.micro_batches > 1 else 0
+    gradients = job.master * job.trained // job.shards if job.micro_batches > 1 else 0
     # FSDP2 gathers a layer before it is used and prefetches the next; the root, which has the output layer, is gathered
     # at the loss. Its gradient exists whole, and once more while it is reduced in float32. The teacher's output layer
     # is gathered for the loss.
-    gathered = job.compute * (2 * student.layer + student.head) + (job.compute + 4) * student.head
+    gathered = job.compute * (2 * student.layer + student.head)
+    gathered += 0 if job.adapters else (job.compute + 4) * student.head
     gathered += job.teacher_bytes * teacher.head
     return {
         "gradients": gradients,
@@ -157,7 +166,7 @@ def loss_phase(job: Job) -> Parts:
 
 def optimizer_phase(job: Job) -> Parts:
     """Beyond the resident state, when AdamW steps: gradients, and on a GPU its temporary of the parameters' size."""
-    size = job.master * job.student.parameters // job.shards
+    size = job.master * job.trained // job.shards
     return {"gradients": size, "optimizer's temporaries": 0 if job.host else size}
 
 

@@ -51,10 +51,12 @@ def student_rate(student: Shape, device: Device, batch: int, context: float, *, 
     return batch / pass_seconds(student, device, batch, context, 1, element_bytes=element_bytes)
 
 
-def training_flops(student: Shape, teacher: Shape, checkpointing: bool) -> float:
+def training_flops(student: Shape, teacher: Shape, checkpointing: bool, adapters: int = 0) -> float:
     """FLOPs of a trained token: student forward, backward (and forward again under checkpointing), teacher forward, and
-    the loss, whose logits of both models are computed again in backward.
+    the loss, whose logits of both models are computed again in backward. With adapters (their number of parameters) the
+    student's own weights have no gradient.
     """
-    layers = (6 + 2 * checkpointing) * student.body + 2 * teacher.body
-    logits = 2 * (student.head + teacher.head)
-    return layers + 2 * logits + 2 * 2 * student.head
+    trained, again = adapters or student.body + student.head, 2 * checkpointing
+    layers = (4 + again) * student.body + again * adapters + 4 * adapters + 2 * teacher.body
+    logits = 2 * 2 * (student.head + teacher.head) + 2 * student.head
+    return layers + logits + 2 * trained

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +35,29 @@ class Shape:
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         norms = 2 * self.hidden + (2 * self.head_dim if self.norms_on_heads else 0)
         return attention + 3 * self.hidden * self.intermediate + norms
+
+    @property
+    def linear(self) -> dict[str, tuple[int, int]]:
+        """A layer's linear modules by their names in transformers: numbers of inputs and outputs."""
+        h, i, q, k = self.hidden, self.intermediate, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = {"q_proj": (h, q), "k_proj": (h, k), "v_proj": (h, k), "o_proj": (q, h)}
+        mlp = {"gate_proj": (h, i), "up_proj": (h, i), "down_proj": (i, h)}
+        return {f"self_attn.{name}": size for name, size in attention.items()} | {
+            f"mlp.{name}": size for name, size in mlp.items()
+        }
+
+    def adapters(self, rank: int, targets: str | Sequence[str]) -> int:
+        """Parameters of low-rank adapters on the modules that `targets` names as peft does: "all-linear", a regular
+        expression, or ends of names.
+        """
+
+        def adapted(name: str) -> bool:
+            if isinstance(targets, str):
+                return targets == "all-linear" or re.fullmatch(targets, f"model.layers.0.{name}") is not None
+            return any(f"model.layers.0.{name}".endswith(f".{target}") for target in targets)
+
+        sizes = (inputs + outputs for name, (inputs, outputs) in self.linear.items() if adapted(name))
+        return self.layers * rank * sum(sizes)
 
     @property
     def body(self) -> int:

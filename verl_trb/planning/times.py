@@ -38,7 +38,7 @@ def step_time(job: Job, work: Workload, cluster: Cluster, tv: float | None) -> S
     alone = _rate(job, cluster.device, 1, context, tv)
     seconds = max(sequences * work.mean_response / rate, work.response / alone)
     tokens = work.sequences * (work.prompt + work.mean_response)
-    flops = tokens * training_flops(job.student, job.teacher, job.checkpointing)
+    flops = tokens * training_flops(job.student, job.teacher, job.checkpointing, job.adapters)
     rollout_tokens = work.sequences * work.mean_response
     return StepTime(seconds, flops / (cluster.devices * cluster.device.flops), rollout_tokens / seconds)
 

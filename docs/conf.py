@@ -19,7 +19,8 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 html_theme = "furo"
 html_title = "verl_trb"
-html_static_path: list[str] = []
+html_static_path = ["static"]
+html_css_files = ["wide.css"]
 html_show_sphinx = False
 copybutton_prompt_text = "$ "
 

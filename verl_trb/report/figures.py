@@ -20,7 +20,7 @@ THEMED |= {color: f"run{i}" for i, color in enumerate(panels.COLORS)}
 
 # Inches, and the parts of them that the axes begin and end at.
 PANEL = (6.0, 3.8), {"left": 0.12, "right": 0.9, "top": 0.84, "bottom": 0.13}
-WIDE = (11.0, 4.4), {"left": 0.12, "right": 0.99, "top": 0.9, "bottom": 0.28}
+WIDE = (11.0, 4.4), {"left": 0.12, "right": 0.99, "top": 0.85, "bottom": 0.27}
 
 
 def inline_svg(draw: Callable[[Axes], object], name: str, layout: tuple[tuple[float, float], dict] = PANEL) -> str:

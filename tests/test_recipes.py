@@ -207,6 +207,9 @@ def test_the_paper_s_sweeps():
         values = [guidance(trb, step) for step in range(1, 99)]
         warmups.add((values[0]["temperature"], values.index(None)))
     assert warmups == {(t, k) for t in (0.8, 0.9, 0.95) for k in (15, 25)}
+    assert grid("sft_warmup", "sft_steps") == {(15,), (25,), (50,)}
+    starts = {(run.divergence_params.beta[0][1], *run.divergence_params.beta[-1]) for run in sweep("veto")}
+    assert starts == {(b, 400, 0) for b in (0.2, 0.4, 0.6, 0.8)}
 
 
 @pytest.mark.slow

@@ -3,19 +3,19 @@
     .venv/bin/python scripts/kill_test.py runs/kill_test --kills 30
 
 Both are the quickstart's toy pair under trb.deterministic=true with a checkpoint every step, in the folders
-FOLDER/untouched and FOLDER/killed. A kill is a SIGKILL of the driver and everything below it, at a random moment of an
-activity that status.json names: rollouts, training, checkpoint, weights, in turn. After each kill: the last complete
-checkpoint is the one the next start resumes from, and no half-written folder passes for complete. In the end every
-metric of every step, but times and memory, must be the same number as the untouched run's. The folder keeps count, so
-the same command goes on where it was stopped; --kills N is how many are wanted in all, --minutes M stops after about M
-minutes.
+FOLDER/untouched and FOLDER/killed_N. A kill is a SIGKILL of the driver and all of its processes, at a random moment of
+an activity that status.json names: rollouts, training, checkpoint, weights, in turn. After each kill: the last complete
+checkpoint is the one the next start resumes from, no half-written folder passes for complete, and the next start names
+it. In the end every metric of every step, but times and memory, must be the same number as the untouched run's. The
+folder keeps count, so the same command goes on where it was stopped; --kills N is how many are wanted in all,
+--minutes M stops after about M minutes.
 """
 
 import argparse
+import contextlib
 import json
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -23,6 +23,7 @@ from pathlib import Path
 
 import psutil
 
+from verl_trb import session
 from verl_trb.checkpoints import find
 from verl_trb.report import read_metrics
 
@@ -50,23 +51,19 @@ SETTINGS = [
 VARYING = ("timing", "perf/", "trb/restarts")
 
 
-def start(run_dir: Path, overrides: list[str]) -> subprocess.Popen:
-    command = [sys.executable, "-m", "verl_trb.main", *SETTINGS, f"trb.run_dir={run_dir}", *overrides]
-    output = open(run_dir.with_suffix(".out"), "a")
-    return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+def start(run_dir: Path, overrides: list[str]) -> psutil.Process:
+    """The run in a fork of this process; its workers are forks of the session's template."""
+    arguments = [*SETTINGS, f"trb.run_dir={run_dir}", *overrides]
+    return psutil.Process(session.start(arguments, run_dir.with_suffix(".out")))
 
 
-def kill(process: subprocess.Popen) -> None:
-    """SIGKILL for the driver and all its descendants."""
-    root = psutil.Process(process.pid)
-    family = [root, *root.children(recursive=True)]
-    for member in family:
-        try:
-            member.send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            pass
-    psutil.wait_procs(family, timeout=30)
-    process.wait()
+def kill(standing: set[psutil.Process]) -> None:
+    """SIGKILL for the driver and all of the run's processes: everything below this process that is not `standing`."""
+    while family := set(psutil.Process().children(recursive=True)) - standing:
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.send_signal(signal.SIGKILL)
+        psutil.wait_procs(family, timeout=30)
 
 
 def status(run_dir: Path) -> dict:
@@ -78,34 +75,37 @@ def status(run_dir: Path) -> dict:
 
 def one_kill(run_dir: Path, overrides: list[str], activity: str, chance: random.Random) -> dict | None:
     """Starts or resumes the run and kills it in `activity`, some steps later; None if the run ended before."""
-    expected = find(run_dir / "checkpoints").step
+    before = find(run_dir / "checkpoints")
+    expected = before.step
     lines_before = _lines(run_dir)
+    standing = set(psutil.Process().children(recursive=True))
     process, steps = start(run_dir, overrides), chance.choice((1, 1, 2))
-    deadline = time.monotonic() + 400
-    while process.poll() is None:
+    began = time.time()
+    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
         now = status(run_dir)
-        fresh = now.get("since", 0) > process_start(process)
+        fresh = now.get("since", 0) > began
         if fresh and now["doing"].startswith(ACTIVITIES[activity]) and now["step"] >= expected + steps:
             time.sleep(chance.expovariate(1 / 0.05))
             break
-        if time.monotonic() > deadline:
-            kill(process)
+        if time.time() > began + 400:
+            kill(standing)
             raise SystemExit(f"no progress in 400 s: {now}; see {run_dir.with_suffix('.out')}")
         time.sleep(0.002)
-    if process.poll() is not None:
+    else:
+        if process.wait():
+            raise SystemExit(f"a resumed run failed: {run_dir.with_suffix('.out')}")
         return None
     at = status(run_dir)
-    kill(process)
+    kill(standing)
     resumed = [line["step"] for line in _lines(run_dir)[len(lines_before) :]]
     if resumed and resumed[0] != expected + 1:
         raise SystemExit(f"the run went on at step {resumed[0]}, but its checkpoint was of step {expected}")
+    said = " ".join(run_dir.with_suffix(".out").read_text().split())
+    if unsaid := [sentence for sentence in before.unusable if sentence not in said]:
+        raise SystemExit(f"the start did not report: {unsaid}")
     found = find(run_dir / "checkpoints")
     half = [folder.name for folder in (run_dir / "checkpoints").glob("*.partial")]
     return {"doing": at["doing"], "step": at["step"], "checkpoint": found.step, "half_written": half, "asked": activity}
-
-
-def process_start(process: subprocess.Popen) -> float:
-    return psutil.Process(process.pid).create_time()
 
 
 def _lines(run_dir: Path) -> list[dict]:
@@ -127,6 +127,24 @@ def differences(first: Path, second: Path) -> list[str]:
     return found
 
 
+def killed_runs(folder: Path, overrides: list[str], wanted: int, until: float) -> list[dict]:
+    """Kills until there are `wanted` in the folder's record, which is returned; one run after the other."""
+    record = folder / "kills.jsonl"
+    kills = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+    while sum(bool(kill["doing"]) for kill in kills) < wanted and time.monotonic() < until:
+        round_ = kills[-1]["round"] if kills else 0
+        activity = list(ACTIVITIES)[len(kills) % len(ACTIVITIES)]
+        done = one_kill(folder / f"killed_{round_}", overrides, activity, random.Random(len(kills)))
+        if done is None:  # that run is through, and is compared below; the next kill is another run's
+            kills.append({"round": round_ + 1, "doing": "", "asked": activity})
+        else:
+            kills.append({"round": round_, **done})
+            print(f"kill {sum(bool(kill['doing']) for kill in kills)}: {done}", flush=True)
+        with open(record, "a") as file:
+            file.write(json.dumps(kills[-1]) + "\n")
+    return kills
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -138,44 +156,32 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + 60 * arguments.minutes
     untouched = folder / "untouched"
-    if not (untouched / "student" / "config.json").exists() and start(untouched, overrides).wait():
-        raise SystemExit(f"the untouched run failed: {untouched.with_suffix('.out')}")
-    record = folder / "kills.jsonl"
-    kills = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
-    while len(kills) < arguments.kills and time.monotonic() < until:
-        chance = random.Random(len(kills))
-        round_ = kills[-1]["round"] if kills else 0
-        activity = list(ACTIVITIES)[len(kills) % len(ACTIVITIES)]
-        done = one_kill(folder / f"killed_{round_}", overrides, activity, chance)
-        if done is None:  # that run is through, and is compared below; the next kill is another run's
-            finished = folder / f"killed_{round_}"
-            if not (finished / "student" / "config.json").exists():
-                raise SystemExit(f"a resumed run failed: {finished.with_suffix('.out')}")
-            kills.append({"round": round_ + 1, "doing": "", "asked": activity})
-        else:
-            kills.append({"round": round_, **done})
-            print(f"kill {sum(bool(k['doing']) for k in kills)}: {done}", flush=True)
-        with open(record, "a") as file:
-            file.write(json.dumps(kills[-1]) + "\n")
-    if len(kills) < arguments.kills:
-        print(f"{len(kills)} of {arguments.kills} kills so far; the same command goes on")
-        return 3
-    last = folder / f"killed_{kills[-1]['round'] if kills else 0}"
-    if last.exists() and start(last, overrides).wait():
-        raise SystemExit(f"the last resumed run failed: {last.with_suffix('.out')}")
-    real = [kill for kill in kills if kill["doing"]]
+    with session.session([*SETTINGS, *overrides], folder / "template.log"):
+        if not finished(untouched) and start(untouched, overrides).wait():
+            raise SystemExit(f"the untouched run failed: {untouched.with_suffix('.out')}")
+        kills = killed_runs(folder, overrides, arguments.kills, until)
+        real = [kill for kill in kills if kill["doing"]]
+        if len(real) < arguments.kills:
+            print(f"{len(real)} of {arguments.kills} kills so far; the same command goes on")
+            return 3
+        last = folder / f"killed_{kills[-1]['round'] if kills else 0}"
+        if last.exists() and not finished(last) and start(last, overrides).wait():
+            raise SystemExit(f"the last resumed run failed: {last.with_suffix('.out')}")
     by = Counter(
         next((name for name, word in ACTIVITIES.items() if kill["doing"].startswith(word)), "other") for kill in real
     )
     halves = sum(bool(kill["half_written"]) for kill in real)
     print(f"{len(real)} kills: {dict(by)}; {halves} left a half-written checkpoint, none was loaded")
     wrong = 0
-    for run in sorted(folder.glob("killed_*/")):
-        if (run / "metrics.jsonl").exists():
-            found = differences(untouched, run)
-            wrong += bool(found)
-            print(f"{run.name}: {'every metric equals the untouched run' if not found else found[:5]}")
+    for run in filter(finished, sorted(folder.glob("killed_*/"))):
+        found = differences(untouched, run)
+        wrong += bool(found)
+        print(f"{run.name}: {'every metric equals the untouched run' if not found else found[:5]}")
     return 1 if wrong else 0
+
+
+def finished(run_dir: Path) -> bool:
+    return (run_dir / "student" / "config.json").exists()
 
 
 if __name__ == "__main__":

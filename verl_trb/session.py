@@ -86,7 +86,7 @@ def run_each(commands: Sequence[tuple[Sequence[str], Path]], jobs: int = 1) -> I
         while waiting or children:
             while waiting and len(children) < jobs:
                 index, command = waiting.pop(0)
-                children[_fork(*command)] = index
+                children[start(*command)] = index
             for child in list(children):
                 ended, status = os.waitpid(child, os.WNOHANG)
                 if ended:
@@ -101,7 +101,8 @@ def run_each(commands: Sequence[tuple[Sequence[str], Path]], jobs: int = 1) -> I
             signal.signal(number, handler)
 
 
-def _fork(arguments: Sequence[str], screen: Path) -> int:
+def start(arguments: Sequence[str], screen: Path) -> int:
+    """Begins one command line of verl_trb.main in a fork of this process, whose id it returns."""
     sys.stdout.flush(), sys.stderr.flush()
     child = os.fork()  # the imports have left no thread that it would miss
     if child:

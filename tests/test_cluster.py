@@ -12,12 +12,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
+
+from verl_trb.checkpoints import find
+from verl_trb.report import read_metrics
 
 ROOT = Path(__file__).parents[1]
 STEPS, EXACT, BATCH = 6, 3, 48  # steps, of which with the data's responses; prompts a step
@@ -46,6 +50,8 @@ class Cluster:
     environment: dict[str, str]  # with which jobs are submitted
     head: str
     addresses: list[str]
+    processes: list[subprocess.Popen]  # `ray start` of head and worker
+    start_worker: Callable[[], subprocess.Popen]
 
     def submit(self, *arguments: str, **changed: str) -> subprocess.CompletedProcess:
         command = [str(ROOT / "scripts" / "ray_submit.sh"), *arguments]
@@ -101,10 +107,16 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     try:
         wait_for("Ray runtime started", logs / "head", processes[0])
         said = (logs / "head").read_text().partition("worker ")[2].split()[0]
-        processes.append(node(short, 2, logs / "worker", "worker", said, NODE_IP="127.0.0.2", **own))
-        wait_for("Ray runtime started", logs / "worker", processes[1])
+
+        def start_worker() -> subprocess.Popen:
+            process = node(short, 2, logs / "worker", "worker", said, NODE_IP="127.0.0.2", **own)
+            processes.append(process)
+            wait_for("Ray runtime started", logs / "worker", process)
+            return process
+
+        start_worker()
         environment = {**os.environ, **own, "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
-        yield Cluster(environment, said, [said.partition(":")[0], "127.0.0.2"])
+        yield Cluster(environment, said, [said.partition(":")[0], "127.0.0.2"], processes, start_worker)
     finally:
         end(processes)
         subprocess.run(["rm", "-rf", str(short)])
@@ -208,3 +220,51 @@ def test_cluster_that_is_too_small_is_refused(cluster: Cluster, tmp_path: Path, 
     assert done.returncode == 2, done.stdout + done.stderr
     assert "cannot hold trainer.nnodes=3 times trainer.n_gpus_per_node=1" in done.stdout
     assert "Traceback" not in done.stdout
+
+
+def test_a_node_is_lost(cluster: Cluster, tmp_path: Path, cache: Path):
+    """The run says so and stops, because what is left is too small; with a node again, the same command goes on."""
+    folder = tmp_path / "run"
+    own = ["trainer.nnodes=2", "trainer.save_freq=1", f"trb.run_dir={folder}", f"trb.cache_dir={cache}"]
+    arguments = [*SETTINGS, *own]
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(cluster.submit, *arguments)
+        while find(folder / "checkpoints").step < 2:
+            assert not running.done(), running.result().stdout
+            time.sleep(0.1)
+        family = psutil.Process(cluster.processes[1].pid)
+        for process in [family, *family.children(recursive=True)]:
+            process.kill()
+        done = running.result()
+    said = " ".join(done.stdout.split())
+    assert done.returncode == 2 and "Traceback" not in said, said
+    assert "starting again from step" in said and "cannot hold trainer.nnodes=2" in said, said
+    cluster.start_worker()
+    done = cluster.submit(*arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line["step"] for line in read_metrics(folder)] == list(range(1, STEPS + 1))
+
+
+def test_a_cluster_without_a_token_is_warned_about(tmp_path: Path, cache: Path):
+    """One that somebody started by hand, without our scripts; three nodes are asked for, so that it ends there."""
+    port, log, short = free_port(), tmp_path / "head", Path(f"/tmp/trb-open-{os.getpid()}")
+    options = f"--head --block --port={port} --include-dashboard=false --num-gpus=1 --num-cpus=32 --temp-dir={short}"
+    options += f" --dashboard-agent-listen-port={free_port()} --metrics-export-port={free_port()}"
+    options += f" --ray-client-server-port={free_port()} --disable-usage-stats"
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    with log.open("w") as output:
+        command = [str(Path(sys.executable).with_name("ray")), "start", *options.split()]
+        head = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
+    try:
+        wait_for("Ray runtime started", log, head)
+        address = log.read_text().partition("Local node IP: ")[2].split()[0]
+        joining = [f"ray_kwargs.ray_init.address={address}:{port}", "trb.prefork=false", "trainer.nnodes=3"]
+        own = ["recipe=quickstart", f"trb.run_dir={tmp_path}/run", f"trb.cache_dir={cache}"]
+        command = [sys.executable, "-m", "verl_trb.main", *own, *joining]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment)
+    finally:
+        end([head])
+        subprocess.run(["rm", "-rf", str(short)])
+    said = " ".join((done.stdout + done.stderr).split())
+    assert done.returncode == 2 and "cannot hold trainer.nnodes=3" in said, said
+    assert "this Ray cluster asks for no token" in said

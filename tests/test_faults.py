@@ -121,22 +121,59 @@ def test_a_reward_function_that_hangs(tmp_path, cache):
     assert "the rollouts of step 1: 0 of 8 prompts done, waiting for the reward function (8 rollouts)" in last
 
 
-@pytest.mark.parametrize("whose", ["student", "teacher"])
-def test_nan_in_a_model(tmp_path, cache, whose):
-    """One NaN in a weight makes all logits NaN: the engine's are counted, and the run stops at its first step."""
+@pytest.mark.parametrize(("whose", "what"), [("student", "nan"), ("teacher", "nan"), ("student", "inf")])
+def test_nan_or_inf_in_the_logits(tmp_path, cache, whose, what):
+    """Of a NaN weight all logits are NaN, of a row of the head that is too large one is infinite: the engine counts the
+    positions, and the run stops at its first step.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    made = next(folder for folder in cache.iterdir() if (folder / "student").is_dir())
-    model = AutoModelForCausalLM.from_pretrained(made / whose)
+    from verl_trb.tasks.prepare import prepare
+
+    made = getattr(prepare("table_walk", str(cache), print), whose)
+    model = AutoModelForCausalLM.from_pretrained(made)
     with torch.no_grad():
-        next(model.parameters())[:, 0] = torch.nan
+        if what == "nan":
+            model.get_input_embeddings().weight[:, 0] = torch.nan
+        else:
+            model.get_output_embeddings().weight[7] = 3e38
     model.save_pretrained(tmp_path / whose)
-    AutoTokenizer.from_pretrained(made / whose).save_pretrained(tmp_path / whose)
+    AutoTokenizer.from_pretrained(made).save_pretrained(tmp_path / whose)
     key = {"student": "actor_rollout_ref.model.path", "teacher": "trb.teacher.path"}[whose]
     run = Run(tmp_path / "run", cache, 3, f"{key}={tmp_path / whose}")
     assert run.end() == 1
     assert f"step 1: the rollout engine got NaN or infinite logits of the {whose}" in " ".join(run.screen.split())
+
+
+LOOPS = """
+from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
+
+class Silent(SingleTurnAgentLoop):
+    async def run(self, sampling_params, **kwargs):
+        output = await super().run(sampling_params, **kwargs)
+        if kwargs["raw_prompt"][-1]["content"][0] in "{which}":
+            output.response_ids, output.response_mask, output.response_logprobs = [], [], []
+        return output
+"""
+
+
+@pytest.mark.parametrize("which", ["01234", "0123456789"])
+def test_empty_rollouts(tmp_path, cache, monkeypatch, which):
+    """An agent loop gives back no token for some prompts, or for all: they are left out and counted, or it stops."""
+    (tmp_path / "silent_loop.py").write_text(LOOPS.format(which=which))
+    (tmp_path / "loops.yaml").write_text("- {name: silent, _target_: silent_loop.Silent}")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    agent = "actor_rollout_ref.rollout.agent"
+    loop = [f"{agent}.agent_loop_config_path={tmp_path}/loops.yaml", f"{agent}.default_agent_loop=silent"]
+    run = Run(tmp_path / "run", cache, 2, *loop)
+    code, said = run.end(), " ".join(run.screen.split())
+    assert code == (0 if len(which) < 10 else 1), run.screen
+    if code == 0:
+        assert "of 8 rollouts failed and were left out, the first with an empty rollout" in said
+        assert [0 < line["trb/failed_rollouts"] < BATCH for line in read_metrics(run.run_dir)] == [True, True]
+    else:
+        assert "all 8 rollouts of step 1 failed, with an empty rollout: the agent loop gave back no token" in said
 
 
 def test_all_rollouts_truncated(tmp_path, cache):

@@ -20,16 +20,8 @@ from verl_trb import checkpoints, composition
 from verl_trb.config import trb_config, trb_keys
 from verl_trb.data.files import data_files, read_files
 from verl_trb.errors import UserError
-from verl_trb.preflight import check_training_data
+from verl_trb.preflight import SETTING_CHECKS, check_training_data
 from verl_trb.report import read_metrics
-from verl_trb.setting_checks import (
-    check_batches,
-    check_engine_sizes,
-    check_objective,
-    check_policy,
-    check_sampling,
-    check_verl_settings,
-)
 from verl_trb.verl_keys import check_counts, check_keys_and_kinds
 from verl_trb.vocabulary import share_vocabulary
 
@@ -109,14 +101,7 @@ def test_settings(composed, scale):
             check_keys_and_kinds(config, set(), "quickstart")
             check_counts(config)
             config.trb = OmegaConf.structured(checked)
-            for rule in (
-                check_policy,
-                check_objective,
-                check_sampling,
-                check_verl_settings,
-                check_batches,
-                check_engine_sizes,
-            ):
+            for rule in SETTING_CHECKS:
                 rule(config)
         except UserError as error:
             one_sentence(error)

@@ -254,14 +254,18 @@ def check_ray(config: DictConfig) -> None:
         )
 
 
-CHECKS: tuple[Callable[[DictConfig], None], ...] = (
-    check_environment,
+# Those that look at the settings alone.
+SETTING_CHECKS: tuple[Callable[[DictConfig], None], ...] = (
     check_policy,
     check_objective,
     check_sampling,
     check_verl_settings,
     check_batches,
     check_engine_sizes,
+)
+CHECKS: tuple[Callable[[DictConfig], None], ...] = (
+    check_environment,
+    *SETTING_CHECKS,
     check_run_dir,
     check_ray,
     check_accelerators,

@@ -240,11 +240,10 @@ class DistillationAgentLoopWorker(_AgentLoopWorker):
     async def _agent_loop_postprocess(self, output: Any, validate: bool, **kwargs: Any) -> None:
         """Reward and store a rollout, or the several outputs of one of several turns."""
         outputs = output if isinstance(output, list) else [output]
+        if not any(one.response_ids for one in outputs):
+            raise RunError("an empty rollout: the agent loop gave back no token, and there is nothing to train on")
         if get_policy(self.config.trb.policy).marks_corrections:
             outputs = [MarkedOutput.read(one) for one in outputs]
-        if not outputs:
-            logger.warning("no output for prompt %s", kwargs["uid"])
-            return
         with self.spans.during("reward"):
             await self._compute_score(outputs, kwargs=kwargs)
         last = outputs[-1]

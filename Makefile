@@ -4,7 +4,7 @@ PYTHON_VENV := .venv/bin/python
 # One thread a test process: the tests' own processes share the cores.
 TEST := OMP_NUM_THREADS=1 $(PYTHON_VENV) -m pytest
 
-.PHONY: quickstart setup test test-slow bench lint docs lock clean
+.PHONY: quickstart setup test test-slow bench lint docs audit lock clean
 
 quickstart: setup
 	@$(PYTHON_VENV) -m verl_trb.main recipe=quickstart
@@ -33,6 +33,10 @@ lint: setup
 # The site, build/docs/index.html; any broken link fails.
 docs: setup
 	@$(PYTHON_VENV) -m sphinx -W --keep-going -q -E -b html docs build/docs
+
+# Known vulnerabilities of the locked packages; needs pypi.org itself.
+audit: setup
+	@$(PYTHON_VENV) scripts/audit.py
 
 lock:
 	@python3.11 scripts/lock.py

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import tomllib
 import zipfile
@@ -35,6 +36,19 @@ def test_docker_images_are_made_of_what_is_there() -> None:
         assert {"pyproject.toml", "README.md", "LICENSE", "verl_trb", "recipes", "scripts"} <= set(copied)
         assert re.findall(r"python:?3\.(\d+)", text)[0] in ("11", "12")
         assert all(version == pins["torch"] for version in re.findall(r"torch==(\S+)", text))
+
+
+def test_an_audit_says_what_it_has_not_looked_up() -> None:
+    """pip-audit itself ends with 0 where the database did not answer."""
+    verdict = runpy.run_path(str(ROOT / "scripts" / "audit.py"))["verdict"]
+    sound = {"name": "one", "version": "1", "vulns": []}
+    unknown = {"name": "two", "skip_reason": "Dependency not found"}
+    bad = {"name": "three", "version": "3", "vulns": [{"id": "CVE-1", "fix_versions": ["3.1"]}]}
+    assert verdict([sound]) == (0, ["1 of 1 packages looked up, 0 with known vulnerabilities"])
+    code, lines = verdict([sound, unknown])
+    assert code == 3 and "NOT AUDITED: 1 packages" in lines[-1] and "two" in lines[-1]
+    code, lines = verdict([sound, unknown, bad])
+    assert code == 1 and lines[0] == "three 3: CVE-1, mended in 3.1"
 
 
 @pytest.mark.slow

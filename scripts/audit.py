@@ -2,9 +2,9 @@
 
     .venv/bin/python scripts/audit.py       # `make audit`
 
-Needs the network: pip-audit comes from the package index into a folder of its own (build/audit), and asks pypi.org, which
-serves the database of advisories; a mirror of the index alone does not. Exit code 0: every package was looked up and none
-has a known vulnerability; 1: some have; 3: some could not be looked up, so nothing is said about them.
+Needs the network: pip-audit comes from the package index into a folder of its own (build/audit), and asks pypi.org,
+which serves the database of advisories; a mirror of the index alone does not. Exit code 0: every package was looked up
+and none has a known vulnerability; 1: some have; 3: some could not be looked up, so nothing is said about them.
 """
 
 import json
@@ -45,8 +45,8 @@ def main() -> int:
     # "+cpu" is a build of the same release, and no name that the database knows.
     requirements.write_text("".join(f"{line.split('+')[0]}\n" for line in LOCK.read_text().splitlines()))
     report.unlink(missing_ok=True)
-    command = [python, "-m", "pip_audit", "--no-deps", "--disable-pip", "-r", requirements, "-f", "json", "-o", report]
-    done = subprocess.run(command, capture_output=True, text=True)  # 1 where it has found something
+    command = [str(python), "-m", "pip_audit", "--no-deps", "--disable-pip", "-r", str(requirements), "-f", "json"]
+    done = subprocess.run([*command, "-o", str(report)], capture_output=True, text=True)
     if not report.exists():
         print(f"NOT AUDITED: {(done.stderr.strip().splitlines() or ['pip-audit gave no report'])[-1]}")
         return 3

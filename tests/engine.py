@@ -11,7 +11,7 @@ import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -192,10 +192,12 @@ class BlendedEngine:
         guidance: Guidance | Sequence[Guidance],
         max_tokens: int | Sequence[int],
         temperature: float | Sequence[float] = 1.0,
+        keep: int | None = None,
     ) -> list[Rollout]:
         """`generate_blended` for all prompts at a time: every round of submissions is one call of the engine.
 
-        guidance: the policy's parameters, or ε in short; 0 and None are the student.
+        guidance: the policy's parameters, or ε in short; 0 and None are the student. keep: k of what is kept of the
+        teacher's, by `take_kept` of a prompt's number.
         A rollout's `raw` is the last request's output, with the sizes of its blocks as `raw.blocks`, and whether
         each token differs from its draft as `raw.corrected`.
         """
@@ -206,22 +208,28 @@ class BlendedEngine:
         columns[0] = [({"epsilon": g} if g else None) if isinstance(g, (int, float)) else g for g in columns[0]]
         self.blocks.clear()
         self.corrected.clear()
+        columns.append([None if keep is None else (str(number), keep) for number in range(len(prompts))])
         return asyncio.run(self._rollouts([list(prompt) for prompt in prompts], *columns))
 
     async def _rollouts(
-        self, prompts: list[list[int]], params: list[Any], budgets: list[int], temperatures: list[float]
+        self,
+        prompts: list[list[int]],
+        params: list[Any],
+        budgets: list[int],
+        temperatures: list[float],
+        keeps: list[tuple[str, int] | None],
     ) -> list[Rollout]:
         pending: list[tuple[list[int], dict[str, Any], asyncio.Future]] = []
         vocabulary = self.vocabulary
 
-        async def rollout(prompt: list[int], guided: Any, max_tokens: int, temperature: float) -> Rollout:
+        async def rollout(prompt: list[int], guided: Any, max_tokens: int, temperature: float, keep: Any) -> Rollout:
             async def submit(prefix: list[int], request: BlendedRequest, budget: int, round_: int) -> Answer:
                 settings = {
                     "temperature": temperature,
                     "max_tokens": budget,
                     "logprobs": 0,
                     "stop_token_ids": [vocabulary.student_eos, vocabulary.marker],
-                    "extra_args": request.extra_args(),
+                    "extra_args": replace(request, keep=keep).extra_args(),
                     "detokenize": False,
                 }
                 future = asyncio.get_running_loop().create_future()
@@ -231,7 +239,7 @@ class BlendedEngine:
             stop_ids = [vocabulary.student_eos]
             return await generate_blended(submit, prompt, max_tokens, guided, vocabulary.marker, stop_ids)
 
-        each = zip(prompts, params, budgets, temperatures, strict=True)
+        each = zip(prompts, params, budgets, temperatures, keeps, strict=True)
         tasks = [asyncio.ensure_future(rollout(*arguments)) for arguments in each]
         while not all(task.done() for task in tasks):
             await asyncio.sleep(0)

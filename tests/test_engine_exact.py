@@ -29,6 +29,7 @@ from engine_oracle import (
 from torch import Tensor
 
 from verl_trb.rollout.generation import Rollout
+from verl_trb.verified import Verified
 
 ALPHA, POWER = 1e-5, 1e-12
 EPSILONS = (0.0, 0.1, 0.3)
@@ -308,6 +309,27 @@ def test_what_the_models_compute(run: Run) -> None:
     assert seen["teacher"] == [19] + [drafts] * blocks
     assert seen["student"] == [20] + [1] * (len(seen["student"]) - 1)
     assert blocks * drafts <= len(seen["student"]) <= (blocks + 1) * drafts
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_what_is_kept_of_the_teacher_is_the_teachers(run: Run, temperature: float) -> None:
+    """At every token of rollouts of mixed lengths, some guided by another ε, some by none."""
+    blended, k = run.engine, 5
+    prompts, epsilons = run.prompts[::20], [0.1, 0.3, 0.1] * (len(run.prompts[::20]) // 3)
+    rollouts = blended.rollouts(prompts, epsilons, run.budgets[::20], temperature, keep=k)
+    packed = [blended.worker.take_kept(str(number)) for number in range(len(prompts))]
+    assert [len(columns) for columns in packed] == [len(rollout.token_ids) for rollout in rollouts]
+    known = Verified.unpacked(torch.cat(packed))
+    pair = blended.pair
+    visited = visit(prompts, rollouts, epsilons, pair.student, pair.teacher, pair.vocabulary, temperature)
+    close = {"rtol": 0.0, "atol": 2e-4, "check_dtype": False}
+    student_NV, teacher_NV = visited.student_NV, visited.teacher_NV
+    torch.testing.assert_close(student_NV.gather(-1, known.index_NK), student_NV.topk(k).values, **close)
+    torch.testing.assert_close(known.logp_teacher_NK, teacher_NV.gather(-1, known.index_NK), **close)
+    torch.testing.assert_close(known.logp_teacher_N, visited.at_token(teacher_NV), **close)
+    gap_NV = (student_NV - teacher_NV).nan_to_num(0.0)
+    torch.testing.assert_close(known.reverse_kl_N, (student_NV.exp() * gap_NV).sum(-1), **close)
+    torch.testing.assert_close(known.teacher_entropy_N, torch.special.entr(teacher_NV.exp()).sum(-1), **close)
 
 
 def test_temperature_applies_to_both_models(run: Run) -> None:

@@ -32,6 +32,7 @@ def template(tmp_path_factory: pytest.TempPathFactory):
 
 def train(method: str, tmp_path: Path, cache: Path, *arguments: str) -> list[dict]:
     """The metrics of every training step."""
+    tmp_path.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "verl_trb.main", "recipe=quickstart", f"method={method}", *arguments]
     command += [f"trainer.total_training_steps={STEPS}", "trainer.test_freq=100", "trainer.val_before_train=false"]
     command += [f"trb.run_dir={tmp_path}/run", f"trb.cache_dir={cache}"]
@@ -91,3 +92,17 @@ def test_responses_of_the_data_are_trained_on(tmp_path: Path, cache: Path):
     metrics = train("gkd", tmp_path, cache, *settings)
     rewards = [line["reward/mean"] for line in metrics]
     assert rewards[0] == 1 and 0.2 < rewards[1] < 0.9 and rewards[2] < 0.3
+
+
+def test_reuse_of_verification_trains_as_reading_the_teacher_again(tmp_path: Path, cache: Path):
+    """The same rollouts, and losses that agree to float32's precision; the last step is not guided, and reads it."""
+    settings = ["trb.loss=topk", "trb.topk=4", "trb.deterministic=true", f"trb.warmup_steps={STEPS - 1}"]
+    read, reused = (
+        train("trb", tmp_path / name, cache, *settings, f"trb.reuse_verification={name}") for name in ("false", "true")
+    )
+    for step, (one, other) in enumerate(zip(read, reused, strict=True), start=1):
+        assert one["response_length/mean"] == other["response_length/mean"]
+        for name in ("actor/loss", "actor/grad_norm", "trb/reverse_kl", "trb/teacher_entropy", "trb/teacher_logprob"):
+            assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), (step, name)
+        assert one["timing_s/teacher"] > 0
+        assert (other["timing_s/teacher"] > 0) == (step == STEPS)

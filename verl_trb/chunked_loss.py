@@ -99,20 +99,36 @@ def loss_from_layers(
         raise ValueError(
             f"student and teacher have {hidden_student_ND.shape[0]} and {hidden_teacher_NE.shape[0]} tokens."
         )
-    if vocabulary is not None:  # padding rows need no logits
-        weight_student_VD = weight_student_VD[: vocabulary.size]
-        bias_student_V = None if bias_student_V is None else bias_student_V[: vocabulary.size]
-
     scratch = Scratch()
     layer_teacher = (weight_teacher_VE, bias_teacher_V, temperature)
 
     def teacher(rows: slice) -> Tensor:
         return _logits(hidden_teacher_NE[rows].detach(), *layer_teacher, scratch, "teacher")
 
-    with_token_logp = token_N is not None
-    row_loss = _rows(teacher, divergence, vocabulary, token_N, corrected_N, scratch, with_token_logp)
+    row_loss = _rows(teacher, divergence, vocabulary, token_N, corrected_N, scratch, token_N is not None)
     layer = (hidden_student_ND, weight_student_VD, bias_student_V)
-    if token_N is None:
+    return loss_of_layer(*layer, row_loss, vocabulary, chunk_tokens, temperature, scratch, token_N is not None)
+
+
+def loss_of_layer(
+    hidden_student_ND: Tensor,
+    weight_student_VD: Tensor,
+    bias_student_V: Tensor | None,
+    row_loss: RowLoss,
+    vocabulary: SharedVocabulary | None,
+    chunk_tokens: int,
+    temperature: float,
+    scratch: Scratch,
+    with_token_logp: bool = True,
+) -> TokenLoss:
+    """Runs `row_loss` over the student's output layer. Its values are the loss, with_token_logp also log q, both
+    differentiable; then reverse KL, the entropies of student and teacher, and with_token_logp log p.
+    """
+    if vocabulary is not None:  # padding rows need no logits
+        weight_student_VD = weight_student_VD[: vocabulary.size]
+        bias_student_V = None if bias_student_V is None else bias_student_V[: vocabulary.size]
+    layer = (hidden_student_ND, weight_student_VD, bias_student_V)
+    if not with_token_logp:
         return TokenLoss(*_Linear.apply(*layer, row_loss, 4, 1, chunk_tokens, temperature, scratch))
     loss_N, logp_student_N, kl_N, entropy_N, entropy_teacher_N, logp_teacher_N = _Linear.apply(
         *layer, row_loss, 6, 2, chunk_tokens, temperature, scratch
@@ -150,8 +166,8 @@ def _rows(
         return values_KC, exact_gradient(exact, upstream_JC[0], None if token_C1 is None else upstream_JC[1], token_C1)
 
     def row_loss(logits_CV: Tensor, rows: slice, upstream_JC: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        logp_student_CV = _shared_logp(logits_CV, vocabulary, "student")
-        logp_teacher_CV = _shared_logp(teacher(rows), vocabulary, "teacher")
+        logp_student_CV = shared_logp(logits_CV, vocabulary, "student")
+        logp_teacher_CV = shared_logp(teacher(rows), vocabulary, "teacher")
         _check_shapes(logp_student_CV, logp_teacher_CV)
         prefixes = Prefixes(
             logp_student_CV,
@@ -164,7 +180,7 @@ def _rows(
         kl_C = reverse_kl(prefixes).value_C
         grad_CV = None
         if upstream_JC is not None:
-            grad_CV = _scale_rows(integrand.gradient_CV(prefixes.student_CV), upstream_JC[0])
+            grad_CV = scale_rows(integrand.gradient_CV(prefixes.student_CV), upstream_JC[0])
         del integrand
         logps = []
         if with_token_logp:
@@ -172,7 +188,7 @@ def _rows(
             token_C1 = token_N[rows, None]
             logps = [logp_CV.gather(-1, token_C1).squeeze(-1) for logp_CV in (logp_student_CV, logp_teacher_CV)]
             if grad_CV is not None and upstream_JC is not None:
-                _add_logp_gradient(grad_CV, prefixes.student_CV, token_C1, upstream_JC[1, :, None])
+                add_logp_gradient(grad_CV, prefixes.student_CV, token_C1, upstream_JC[1, :, None])
         entropies = [prefixes.student_entropy_C, prefixes.teacher_entropy_C]
         return torch.stack([loss_C, *logps[:1], kl_C, *entropies, *logps[1:]]), grad_CV
 
@@ -187,7 +203,7 @@ def _check_shapes(student_CV: Tensor, teacher_CV: Tensor) -> None:
         )
 
 
-def _add_logp_gradient(grad_CV: Tensor, student_CV: Tensor, token_C1: Tensor, upstream_C1: Tensor) -> None:
+def add_logp_gradient(grad_CV: Tensor, student_CV: Tensor, token_C1: Tensor, upstream_C1: Tensor) -> None:
     """Adds upstream * d log q(token) / d logits, upstream (e_token - q), in place."""
     grad_CV.addcmul_(student_CV, upstream_C1, value=-1).scatter_add_(-1, token_C1, upstream_C1.to(grad_CV.dtype))
 
@@ -198,7 +214,7 @@ def _shared_logits(logits_CV: Tensor, vocabulary: SharedVocabulary | None, role:
     return logits_CV if vocabulary is None else canonicalize(logits_CV, vocabulary, role)
 
 
-def _shared_logp(logits_CV: Tensor, vocabulary: SharedVocabulary | None, role: Role) -> Tensor:
+def shared_logp(logits_CV: Tensor, vocabulary: SharedVocabulary | None, role: Role) -> Tensor:
     """float32 log-probabilities over the shared vocabulary (float64 for float64), always a new tensor."""
     return _shared_logits(logits_CV, vocabulary, role).log_softmax(-1)
 
@@ -231,7 +247,7 @@ def _chunks(tokens: int, chunk_tokens: int) -> Iterator[slice]:
     return (slice(start, min(start + chunk_tokens, tokens)) for start in range(0, tokens, chunk_tokens))
 
 
-def _scale_rows(grad_NV: Tensor, scale_N: Tensor) -> Tensor:
+def scale_rows(grad_NV: Tensor, scale_N: Tensor) -> Tensor:
     """grad * scale in place; rows of scale 0 (padding) are 0 whatever they hold."""
     return grad_NV.mul_(scale_N[:, None]).masked_fill_(scale_N[:, None] == 0, 0)
 
@@ -261,7 +277,7 @@ class _Logits(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grad_NV is None:
             raise RuntimeError("This loss keeps its gradient for one backward pass; compute the loss again.")
-        grad_NV, ctx.grad_NV = _scale_rows(ctx.grad_NV, grads[0]), None
+        grad_NV, ctx.grad_NV = scale_rows(ctx.grad_NV, grads[0]), None
         return grad_NV, None, None, None, None
 
 

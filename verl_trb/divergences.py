@@ -188,9 +188,15 @@ def topk_forward_kl(prefixes: Prefixes, k: int) -> Integrand:
 
 
 def _topk_to_target(prefixes: Prefixes, log_target_CV: Tensor, k: int) -> Integrand:
-    top_CK, index_CK = prefixes.logp_student_CV.topk(min(k, prefixes.logp_student_CV.shape[-1]), dim=-1)
-    gap_CK = (top_CK - log_target_CV.gather(-1, index_CK)).masked_fill_(top_CK == -math.inf, 0)
-    column_CV = torch.zeros_like(prefixes.logp_student_CV).scatter_(-1, index_CK, top_CK.softmax(-1) * gap_CK)
+    index_CK = prefixes.logp_student_CV.topk(min(k, prefixes.logp_student_CV.shape[-1]), dim=-1).indices
+    return top_reverse_kl(prefixes.logp_student_CV, index_CK, log_target_CV.gather(-1, index_CK))
+
+
+def top_reverse_kl(logp_student_CV: Tensor, index_CK: Tensor, log_target_CK: Tensor) -> Integrand:
+    """`topk_reverse_kl` on given tokens, index_CK, of which the target's log-probabilities are known."""
+    top_CK = logp_student_CV.gather(-1, index_CK)
+    gap_CK = (top_CK - log_target_CK).masked_fill_(top_CK == -math.inf, 0)
+    column_CV = torch.zeros_like(logp_student_CV).scatter_(-1, index_CK, top_CK.softmax(-1) * gap_CK)
     return Integrand(column_CV, column_CV)
 
 

@@ -11,11 +11,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from verl_trb.divergences import FULL, SAMPLED, get_divergence
+from verl_trb.divergences import FULL, SAMPLED, TOPK, get_divergence
+from verl_trb.guidance import needs_teacher
 from verl_trb.parameters import check_value, describe, value_at
 
 PARAMS = "trb.divergence_params"
-WARM_UP = "cross_entropy"
+WARM_UP, REVERSE_KL = "cross_entropy", "reverse_kl"
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,14 @@ def ever_rewards(trb: Any) -> bool:
     return any(value > 0 for _, value in weight) if isinstance(weight, list) else weight > 0
 
 
+def reuses_verification(trb: Any, step: int) -> bool:
+    """Whether a training step takes what verification knew of the teacher (verified.py) instead of reading it again."""
+    if not trb.reuse_verification or not needs_teacher(trb, step):
+        return False
+    objective = step_objective(trb, step)
+    return objective.distills and objective.mode == TOPK
+
+
 def needs(trb: Any) -> tuple[str, ...]:
     """Fields of `Prefixes` that the divergence cannot do without."""
     return get_divergence(trb.divergence).needs
@@ -99,6 +108,24 @@ def check_objective(trb: Any) -> None:
             hint = f"did you mean {' or '.join(near)}?" if near else takes
             raise ValueError(f"{PARAMS}.{name}: the divergence {divergence.name!r} has no such parameter; {hint}")
         check_value(f"{PARAMS}.{name}", value, divergence.parameters[name])
+    if trb.reuse_verification:
+        _check_reuse(trb)
+
+
+def _check_reuse(trb: Any) -> None:
+    wanted: dict[str, Any] = {"trb.loss": TOPK, "trb.divergence": REVERSE_KL, "trb.data_share": 0}
+    for name, only in wanted.items():
+        value = getattr(trb, name.removeprefix("trb."))
+        if value != only:
+            raise ValueError(
+                f"trb.reuse_verification=true needs {name}={only}, got {_plain(value)}: of the teacher, verification "
+                "keeps its probabilities of the student's k most likely tokens, at tokens that it has verified."
+            )
+    if not needs_teacher(trb, 1):
+        raise ValueError(
+            f"trb.reuse_verification=true would do nothing: trb.policy={trb.policy} verifies nothing with the teacher; "
+            "remove it."
+        )
 
 
 def describe_objective(trb: Any) -> str:

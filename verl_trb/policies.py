@@ -169,11 +169,16 @@ def behavior(
             logp_student_NV, teacher_logits_NV, epsilon_N, vocabulary=vocabulary, temperature_N=temperature_N
         )
         return blended
-    logits_NV = teacher_logits_NV[:, : vocabulary.size].float()
+    logp_teacher_NV = teacher_logprobs(teacher_logits_NV, vocabulary, temperature_N)
+    return guided(policy, params_N, logp_student_NV, logp_teacher_NV)
+
+
+def teacher_logprobs(logits_NV: Tensor, vocabulary: SharedVocabulary, temperature_N: Tensor | None = None) -> Tensor:
+    """log pi_T over the shared vocabulary, float32, of the logits as the teacher's output layer gives them."""
+    logits_NV = logits_NV[:, : vocabulary.size].float()
     if temperature_N is not None:
         logits_NV = logits_NV / temperature_N[:, None]
-    logp_teacher_NV = canonicalize(logits_NV, vocabulary, role="teacher").log_softmax(-1)
-    return guided(policy, params_N, logp_student_NV, logp_teacher_NV)
+    return canonicalize(logits_NV, vocabulary, role="teacher").log_softmax(-1)
 
 
 # ------------------------------------------------------------------------------------------ the policies

@@ -14,6 +14,7 @@ PARAMS = "trb_params"
 POLICY = "trb_policy"
 TRACE = "trb_trace"
 SEED = "trb_seed"
+KEEP = "trb_keep"
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class BlendedRequest:
     """params: the rollout policy's parameters by name, None for the student alone. forced_token: the prompt's last
     token id. policy: its name, None for the run's own. trace: a name under which its tokens are traced (trace.py), None
     for no trace. seed: of the generators that draw its tokens, where it is alone in the engine (trb.deterministic).
+    keep: a name under which what is verified of its tokens is kept, and k (verified.py); None: nothing is.
     """
 
     params: dict[str, float] | None
@@ -28,9 +30,10 @@ class BlendedRequest:
     policy: str | None = None
     trace: str | None = None
     seed: int | None = None
+    keep: tuple[str, int] | None = None
 
     def extra_args(self) -> dict[str, Any]:
-        optional = {TRACE: self.trace, SEED: self.seed}
+        optional = {TRACE: self.trace, SEED: self.seed, KEEP: self.keep}
         given = {name: value for name, value in optional.items() if value is not None}
         return {PARAMS: self.params, FORCED: self.forced_token, POLICY: self.policy, **given}
 
@@ -39,5 +42,5 @@ class BlendedRequest:
         """None for a request that did not come through our server, which the sampler then ends unsampled."""
         if not extra_args or FORCED not in extra_args:
             return None
-        own = extra_args[FORCED], extra_args.get(POLICY), extra_args.get(TRACE), extra_args.get(SEED)
-        return cls(extra_args.get(PARAMS), int(own[0]), *own[1:])
+        optional = (extra_args.get(name) for name in (POLICY, TRACE, SEED, KEEP))
+        return cls(extra_args.get(PARAMS), int(extra_args[FORCED]), *optional)

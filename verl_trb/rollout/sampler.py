@@ -29,12 +29,14 @@ from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from verl_trb.coupling import couple, mark_corrections
-from verl_trb.policies import Policy, behavior, get_policy
+from verl_trb.policies import Policy, behavior, get_policy, teacher_logprobs
 from verl_trb.rollout.drafter import Block
+from verl_trb.rollout.kept import Kept
 from verl_trb.rollout.request import BlendedRequest
 from verl_trb.rollout.statistics import RolloutStatistics
 from verl_trb.rollout.teacher_gate import TeacherGate
 from verl_trb.rollout.trace import Traces
+from verl_trb.verified import verified
 from verl_trb.vocabulary import SharedVocabulary
 
 # The logarithm of the smallest float32, which stands in the statistics for probabilities that underflowed to 0.
@@ -64,6 +66,7 @@ class BlendedSampling:
     statistics: RolloutStatistics
     gate: TeacherGate
     traces: Traces = field(default_factory=Traces)
+    kept: Kept = field(default_factory=Kept)
 
     def draw(self, scheduled: list[int], logits: torch.Tensor, sampling_metadata: SamplingMetadata) -> SamplerOutput:
         """Tokens for every request of the batch; `logits` [L, V] has scheduled + 1 rows for each."""
@@ -210,6 +213,13 @@ class BlendedSampling:
             logp_student=logp_student_RG.clamp(min=LOG_LEAST),
             log_mu=coupled.logp_BG,
         )
+        keep_R = [row.request.keep if row.request is not None else None for row in rows]
+        if teacher_NV is not None and (k := next((k for _, k in filter(None, keep_R)), None)) is not None:
+            logp_teacher_NV = teacher_logprobs(teacher_NV, vocabulary, temperature_N)
+            token_RG = coupled.tokens_BG.clamp(min=0)
+            token_N = token_RG.flatten() if full else token_RG[drafted_RG]
+            columns_NC = verified(logp_student_NV, logp_teacher_NV, token_N, k).packed()
+            self.kept.add([None if keep is None else keep[0] for keep in keep_R], kept_RG, padded(columns_NC))
         logp_RG = coupled.logp_BG
         if policy.marks_corrections:
             logp_RG = mark_corrections(logp_RG, emitted_RG & ~coupled.accepted_BG)

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
 import ray
 from omegaconf import DictConfig, OmegaConf
 from verl.workers.rollout.base import _ROLLOUT_REGISTRY
@@ -21,10 +22,11 @@ from vllm.sampling_params import RequestOutputKind
 from verl_trb.policies import get_policy
 from verl_trb.rollout.engine_args import ENGINE_ENVIRONMENT, ONE_BY_ONE, blended_engine_args, model_length
 from verl_trb.rollout.generation import Answer, generate_blended
-from verl_trb.rollout.request import PARAMS, POLICY, ROLLOUT_NAME, SEED, TRACE, BlendedRequest
+from verl_trb.rollout.request import KEEP, PARAMS, POLICY, ROLLOUT_NAME, SEED, TRACE, BlendedRequest
 from verl_trb.rollout.request_groups import Answers, answer_group
 from verl_trb.rollout.statistics import merge
 from verl_trb.rollout.weight_socket import name_socket
+from verl_trb.verified import VERIFIED
 from verl_trb.vocabulary import from_tokenizers
 
 
@@ -98,6 +100,7 @@ class BlendedHttpServer(vLLMHttpServer):
         params = dict(sampling_params)
         asked_of_us = params.pop("extra_args", None) or {}
         guidance, policy, trace = (asked_of_us.get(name) for name in (PARAMS, POLICY, TRACE))
+        keep = None if asked_of_us.get(KEEP) is None else (uuid.uuid4().hex, asked_of_us[KEEP])
         params.pop("logprobs", None)
         room = self.config.prompt_length + self.config.response_length - len(prompt_ids)
         asked = params.pop("max_tokens", params.pop("max_new_tokens", self.config.response_length))
@@ -114,7 +117,7 @@ class BlendedHttpServer(vLLMHttpServer):
                     "detokenize": False,
                     "output_kind": RequestOutputKind.FINAL_ONLY,  # nobody reads a rollout before it is whole
                     "stop_token_ids": [*stop_ids, self.vocabulary.marker],
-                    "extra_args": replace(request, trace=trace).extra_args(),
+                    "extra_args": replace(request, trace=trace, keep=keep).extra_args(),
                 },
                 request_id if round_ == 0 else f"{request_id}-{round_}",
                 **kwargs,
@@ -130,7 +133,17 @@ class BlendedHttpServer(vLLMHttpServer):
         output: TokenOutput = rollout.raw
         output.token_ids, output.log_probs = rollout.token_ids, rollout.logprobs
         output.stop_reason = rollout.stop_reason
+        if keep is not None:
+            output.extra_fields[VERIFIED] = await self._take_kept(keep[0], len(rollout.token_ids))
         return output
+
+    async def _take_kept(self, name: str, tokens: int) -> np.ndarray:
+        """[tokens, C], of the first tensor-parallel rank. Raises RuntimeError if they are not those of the rollout."""
+        kept = (await self.engine.collective_rpc("take_kept", args=(name,)))[0]
+        if kept is None or len(kept) != tokens:
+            found = 0 if kept is None else len(kept)
+            raise RuntimeError(f"the rollout engine kept what it verified of {found} of {tokens} tokens")
+        return kept.numpy()
 
     async def generate_group(self, requests: list[dict[str, Any]]) -> AsyncIterator[Answers]:
         """`generate` for many requests, by keyword: see request_groups.py."""

@@ -42,7 +42,7 @@ class BlendedWorkerExtension(vLLMColocateWorkerExtension):
             statistics=self.rollout_statistics,
             gate=self.teacher_gate,
         )
-        self.traces = sampling.traces
+        self.traces, self.kept = sampling.traces, sampling.kept
         longest = runner.speculative_config.num_speculative_tokens
         # One for each state of the gate: steps without the teacher cost less, and reject nothing.
         self.draft_lengths = [DraftLength(longest, None if adapt_drafts else longest) for _ in (False, True)]
@@ -94,6 +94,10 @@ class BlendedWorkerExtension(vLLMColocateWorkerExtension):
     def take_rollout_statistics(self) -> dict[str, float]:
         """The sums of `RolloutStatistics` since the last call."""
         return self.rollout_statistics.take()
+
+    def take_kept(self, name: str) -> torch.Tensor | None:
+        """What was verified of the tokens of the request that asked to keep it under this name (see `Kept`)."""
+        return self.kept.take(name)
 
     def begin_traces(self) -> None:
         """Before traced requests: remember the random generators."""

@@ -24,19 +24,22 @@ from verl.workers.rollout.llm_server import LLMServerClient
 from verl_trb.errors import RunError
 from verl_trb.faults import explain
 from verl_trb.guidance import guidance, step_policy
+from verl_trb.objective import reuses_verification
 from verl_trb.policies import get_policy
-from verl_trb.rollout.request import PARAMS, POLICY, SEED
+from verl_trb.rollout.request import KEEP, PARAMS, POLICY, SEED
 from verl_trb.rollout.request_groups import GroupingServer
 from verl_trb.seeds import derive
 from verl_trb.timeline import Span, Spans
 from verl_trb.training import data_response
 from verl_trb.training.group_commit import GroupCommit
 from verl_trb.training.reward_groups import RewardGroups
+from verl_trb.verified import VERIFIED
 
 logger = logging.getLogger(__name__)
 
 # The batch's field, int64 [response tokens]: 1 where the student's draft was rejected and replaced.
 CORRECTED = "corrected"
+ONE_TURN = "single_turn_agent"  # verl's name for it
 
 # verl publishes the class only as a Ray actor class; this is the class behind it.
 _AgentLoopWorker: Any = AgentLoopWorkerTQ.__ray_metadata__.modified_class
@@ -170,6 +173,13 @@ class DistillationAgentLoopWorker(_AgentLoopWorker):
         params = guidance(self.config.trb, trajectory["step"], trajectory["validate"])
         policy = step_policy(self.config.trb, trajectory["step"])
         extra_args: dict[str, Any] = {PARAMS: params, POLICY: policy}
+        if not trajectory["validate"] and reuses_verification(trb, step):
+            if kwargs["agent_name"] != ONE_TURN:
+                raise RunError(
+                    f"trb.reuse_verification=true knows the teacher at the tokens of one turn, but the agent loop is "
+                    f"{kwargs['agent_name']}; set it to false"
+                )
+            extra_args[KEEP] = trb.topk
         if trb.deterministic:
             # A validation prompt has no place in a batch: verl draws the names of those by chance.
             place = (sample, str(kwargs["raw_prompt"])) if trajectory["validate"] else kwargs["uid"]
@@ -280,7 +290,10 @@ class DistillationAgentLoopWorker(_AgentLoopWorker):
         pictures = self._compute_multi_modal_inputs(output, input_ids)
         attention_mask = torch.ones_like(input_ids)
         positions = self._compute_position_ids(input_ids.unsqueeze(0), attention_mask.unsqueeze(0), pictures)
+        verified = output.extra_fields.pop(VERIFIED, None)
         fields = {**output.as_dict(), **sample}
+        if verified is not None:
+            fields[VERIFIED] = torch.tensor(verified)
         fields.pop("multi_modal_data", None)
         fields |= {
             "loss_mask": fields["response_mask"],

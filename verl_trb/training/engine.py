@@ -23,6 +23,7 @@ from verl_trb.training.head import COLUMNS, DistillationHead, TokenLossRequest
 from verl_trb.training.lora import merged
 from verl_trb.training.loss import objective_of
 from verl_trb.training.teacher import Teacher
+from verl_trb.verified import VERIFIED
 from verl_trb.vocabulary import SharedVocabulary
 
 # The batch's field, 1 where the rollout token replaced a rejected draft of the student's.
@@ -108,23 +109,26 @@ class DistillationEngine(FSDPEngineWithLMHead):
             divergence = get_divergence(objective.divergence).rule(objective.mode, self.topk, objective.params)
         micro_batch = micro_batch.to(get_device_id())
         model_inputs, _ = self.prepare_model_inputs(micro_batch=micro_batch)
-        with self.spans.during("teacher"):
-            hidden_BTE = self.teacher.hidden_states(**model_inputs)
-            weight_VE, bias_V = self.teacher.output_layer()
-        self.student_since = time.time()
         input_ids_BT = model_inputs["input_ids"]
+        teacher: dict[str, Tensor | None] = {}
+        if VERIFIED in micro_batch:
+            teacher["verified_BTC"] = at_predictions(micro_batch, VERIFIED, input_ids_BT)
+        else:
+            with self.spans.during("teacher"):
+                teacher["hidden_BTE"] = self.teacher.hidden_states(**model_inputs)
+                teacher["weight_VE"], teacher["bias_V"] = self.teacher.output_layer()
+        self.student_since = time.time()
         select_BT, label_BT = prediction_layout(micro_batch, input_ids_BT)
+        corrected = CORRECTED in micro_batch
         self.head.request = TokenLossRequest(
             select_BT=select_BT,
             label_BT=label_BT,
-            hidden_teacher_BTE=hidden_BTE,
-            weight_teacher_VE=weight_VE,
-            bias_teacher_V=bias_V,
             vocabulary=self.vocabulary,
             divergence=divergence,
             chunk_tokens=self.chunk_tokens,
             temperature=float(tu.get_non_tensor_data(data=micro_batch, key="temperature", default=1.0)),
-            corrected_BT=at_predictions(micro_batch, CORRECTED, input_ids_BT) if CORRECTED in micro_batch else None,
+            corrected_BT=at_predictions(micro_batch, CORRECTED, input_ids_BT).bool() if corrected else None,
+            **teacher,
         )
         try:
             return super().forward_step(micro_batch, loss_function, forward_only)
@@ -169,16 +173,19 @@ def prediction_layout(micro_batch: TensorDict, input_ids_BT: Tensor) -> tuple[Te
     label_BT = torch.zeros_like(input_ids_BT)
     real_BT = _real_tokens(micro_batch["input_ids"].offsets(), input_ids_BT.shape)
     label_BT[real_BT] = micro_batch["input_ids"].values().roll(-1)
-    return at_predictions(micro_batch, "response_mask", input_ids_BT), label_BT
+    return at_predictions(micro_batch, "response_mask", input_ids_BT).bool(), label_BT
 
 
 def at_predictions(micro_batch: TensorDict, field: str, input_ids_BT: Tensor) -> Tensor:
-    """A nested field of response tokens as bool [B, T] of the model's input: at the tokens that predict them."""
+    """A nested field of response tokens, [length] or [length, C] each, as [B, T] or [B, T, C] of the model's input: at
+    the tokens that predict them, 0 elsewhere.
+    """
     offsets = micro_batch["input_ids"].offsets()
-    flag_N = torch.zeros_like(micro_batch["input_ids"].values(), dtype=torch.bool)
-    for end, response_B in zip(offsets[1:].tolist(), micro_batch[field].unbind(), strict=True):
+    rows = micro_batch[field].unbind()
+    value_N = rows[0].new_zeros(int(offsets[-1]), *rows[0].shape[1:])
+    for end, row in zip(offsets[1:].tolist(), rows, strict=True):
         # The response is the sequence's tail; its j-th token is predicted one place before it stands.
-        flag_N[end - 1 - response_B.numel() : end - 1] = response_B.bool()
-    flag_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)
-    flag_BT[_real_tokens(offsets, input_ids_BT.shape)] = flag_N
-    return flag_BT
+        value_N[end - 1 - len(row) : end - 1] = row
+    value_BT = value_N.new_zeros(*input_ids_BT.shape, *value_N.shape[1:])
+    value_BT[_real_tokens(offsets, input_ids_BT.shape)] = value_N
+    return value_BT

@@ -9,13 +9,14 @@ D and E hidden sizes of student and teacher.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from verl_trb.chunked_loss import loss_from_layers
+from verl_trb.chunked_loss import TokenLoss, loss_from_layers
 from verl_trb.divergences import Integrand, Prefixes
+from verl_trb.verified import Verified, loss_from_verified
 from verl_trb.vocabulary import SharedVocabulary
 
 # What takes the place of the logits' last dimension. `loss` and `log_probs` carry gradients.
@@ -26,21 +27,22 @@ COLUMNS = ("loss", "log_probs", "reverse_kl", "student_entropy", "teacher_entrop
 class TokenLossRequest:
     """Ask the output layer for the columns at the tokens that predict a response token.
 
-    select_BT: bool, those tokens; label_BT: the token each of them predicts; hidden_teacher_BTE: the teacher's
-    last hidden states of the same input; weight_teacher_VE, bias_teacher_V: its whole output layer; corrected_BT:
-    bool, where the predicted token is a correction, if that is known.
+    select_BT: bool, those tokens; label_BT: the token each of them predicts; corrected_BT: bool, where the predicted
+    token is a correction, if that is known. Of the teacher either hidden_BTE, its last hidden states of the same input,
+    and weight_VE, bias_V, its whole output layer; or verified_BTC, what verification kept of it (verified.py).
     """
 
     select_BT: Tensor
     label_BT: Tensor
-    hidden_teacher_BTE: Tensor
-    weight_teacher_VE: Tensor
-    bias_teacher_V: Tensor | None
     vocabulary: SharedVocabulary
     divergence: Callable[[Prefixes], Integrand]
     chunk_tokens: int
     temperature: float
     corrected_BT: Tensor | None = None
+    hidden_BTE: Tensor | None = None
+    weight_VE: Tensor | None = None
+    bias_V: Tensor | None = None
+    verified_BTC: Tensor | None = None
 
 
 class SharedLinear(nn.Linear):
@@ -66,20 +68,7 @@ class DistillationHead(SharedLinear):
             logits_BTV = super().forward(hidden_BTD)
             return logits_BTV if self.vocabulary is None else mask_unshared(logits_BTV, self.vocabulary)
         ask = self.request
-        losses = loss_from_layers(
-            hidden_BTD[ask.select_BT],
-            self.weight,
-            ask.hidden_teacher_BTE[ask.select_BT],
-            ask.weight_teacher_VE,
-            bias_student_V=self.bias,
-            bias_teacher_V=ask.bias_teacher_V,
-            temperature=ask.temperature,
-            divergence=ask.divergence,
-            vocabulary=ask.vocabulary,
-            chunk_tokens=ask.chunk_tokens,
-            token_N=ask.label_BT[ask.select_BT],
-            corrected_N=None if ask.corrected_BT is None else ask.corrected_BT[ask.select_BT],
-        )
+        losses = self._losses(hidden_BTD[ask.select_BT], ask)
         assert losses.logp_student_N is not None and losses.logp_teacher_N is not None  # token_N was given
         columns_NK = torch.stack(
             [
@@ -94,6 +83,29 @@ class DistillationHead(SharedLinear):
         )
         columns_BTK = columns_NK.new_zeros(*hidden_BTD.shape[:2], len(COLUMNS))
         return columns_BTK.masked_scatter(ask.select_BT.unsqueeze(-1).expand_as(columns_BTK), columns_NK)
+
+    def _losses(self, hidden_ND: Tensor, ask: TokenLossRequest) -> TokenLoss:
+        shared: dict[str, Any] = {
+            "bias_student_V": self.bias,
+            "temperature": ask.temperature,
+            "vocabulary": ask.vocabulary,
+            "chunk_tokens": ask.chunk_tokens,
+            "token_N": ask.label_BT[ask.select_BT],
+        }
+        if ask.verified_BTC is not None:
+            known = Verified.unpacked(ask.verified_BTC[ask.select_BT])
+            return loss_from_verified(hidden_ND, self.weight, known, **shared)
+        assert ask.hidden_BTE is not None and ask.weight_VE is not None
+        return loss_from_layers(
+            hidden_ND,
+            self.weight,
+            ask.hidden_BTE[ask.select_BT],
+            ask.weight_VE,
+            bias_teacher_V=ask.bias_V,
+            divergence=ask.divergence,
+            corrected_N=None if ask.corrected_BT is None else ask.corrected_BT[ask.select_BT],
+            **shared,
+        )
 
 
 def mask_unshared(logits_BTV: Tensor, vocabulary: SharedVocabulary) -> Tensor:

@@ -30,6 +30,7 @@ from verl_trb.training.checkpointing import CheckpointingTrainer
 from verl_trb.training.loss import ADVANTAGES, OBJECTIVE
 from verl_trb.training.samples import SampleRecorder
 from verl_trb.training.worker import DistillationWorker
+from verl_trb.verified import VERIFIED
 
 Event = dict[str, Any]
 MAX_SKIPPED = 3  # updates in a row that were left out because the gradient was not finite
@@ -37,7 +38,7 @@ MAX_SKIPPED = 3  # updates in a row that were left out because the gradient was 
 UPDATE_FIELDS = {
     "input_ids", "position_ids", "prompts", "responses", "response_mask", "loss_mask", "rollout_log_probs",
     "old_log_probs", "advantages", "returns", "rollout_is_weights", "ref_log_prob", "routed_experts",
-    ADVANTAGES, CORRECTED,
+    ADVANTAGES, CORRECTED, VERIFIED,
 }  # fmt: skip
 SPANS_SHOWN = 300  # of the rollouts of a step: more would only fill the disk
 

@@ -42,10 +42,11 @@ SETTINGS = [
     "trainer.save_freq=1",
     "trainer.test_freq=6",
     "trainer.val_before_train=false",
-    "data.val_max_samples=8",
-    "data.train_batch_size=8",
-    "actor_rollout_ref.actor.ppo_mini_batch_size=8",
-    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4",
+    "trb.sample_prompts=0",
+    "data.val_max_samples=4",
+    "data.train_batch_size=4",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=4",
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2",
 ]
 # What a rerun does not repeat: clocks, memory, and how often the driver started again.
 VARYING = ("timing", "perf/", "trb/restarts")

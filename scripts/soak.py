@@ -76,7 +76,7 @@ def sample(process: subprocess.Popen) -> dict[str, float | None]:
             continue
     return {
         "rss_mib": sum(rss),
-        "largest_mib": max(rss),
+        "largest_mib": max(rss, default=0.0),
         "files": files,
         "threads": threads,
         "processes": seen,
@@ -187,8 +187,9 @@ def main() -> int:
                     line["ray_objects"] = ray_objects(process)
                 with open(metrics) as file:
                     file.seek(offset)
-                    fresh = [json.loads(text) for text in file.read().splitlines()]
-                    offset = file.tell()
+                    whole = file.read().rpartition("\n")[0]  # the last line may be half-written
+                    offset += len(f"{whole}\n".encode()) if whole else 0
+                    fresh = [json.loads(text) for text in whole.splitlines()]
                 now = time.monotonic() - began
                 out.write(json.dumps({"t": now, **line}) + "\n")
                 for step in fresh:
@@ -199,8 +200,8 @@ def main() -> int:
                     break
     finally:
         if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-            process.wait(timeout=120)
+            process.send_signal(signal.SIGTERM)  # a background job of a script ignores SIGINT
+            process.wait(timeout=300)
     if process.returncode not in (0, 130):
         print(f"the run failed: {folder / 'screen.txt'}")
         return 1

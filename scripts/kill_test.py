@@ -14,11 +14,13 @@ folder keeps count, so the same command goes on where it was stopped; --kills N 
 import argparse
 import contextlib
 import json
+import os
 import random
 import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -67,6 +69,16 @@ def kill(standing: set[psutil.Process]) -> None:
         psutil.wait_procs(family, timeout=30)
 
 
+@contextlib.contextmanager
+def nothing_left() -> Iterator[None]:
+    """Ends a run that is under way when this process is interrupted."""
+    standing = set(psutil.Process().children(recursive=True))
+    try:
+        yield
+    finally:
+        kill(standing)
+
+
 def status(run_dir: Path) -> dict:
     try:
         return json.loads((run_dir / "status.json").read_text())
@@ -91,7 +103,7 @@ def one_kill(run_dir: Path, overrides: list[str], activity: str, chance: random.
         if time.time() > began + 400:
             kill(standing)
             raise SystemExit(f"no progress in 400 s: {now}; see {run_dir.with_suffix('.out')}")
-        time.sleep(0.002)
+        time.sleep(0.005)
     else:
         if process.wait():
             raise SystemExit(f"a resumed run failed: {run_dir.with_suffix('.out')}")
@@ -157,7 +169,10 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + 60 * arguments.minutes
     untouched = folder / "untouched"
-    with session.session([*SETTINGS, *overrides], folder / "template.log"):
+    # Ray's workers step back behind everything else by default, so that a busy machine starts no run in an hour.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with session.session([*SETTINGS, *overrides], folder / "template.log"), nothing_left():
         if not finished(untouched) and start(untouched, overrides).wait():
             raise SystemExit(f"the untouched run failed: {untouched.with_suffix('.out')}")
         kills = killed_runs(folder, overrides, arguments.kills, until)

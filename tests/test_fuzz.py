@@ -4,6 +4,7 @@ Slow: 185 cases as `few`, 18,500 as `many`. Also `scripts/fuzz.py`, guided by
 coverage.
 """
 
+import copy
 import csv
 import io
 import json
@@ -90,7 +91,7 @@ def test_settings(composed, scale):
     @cases(10, scale)
     @given(st.dictionaries(st.sampled_from([*trb_keys(), *VERL_KEYS]), values, min_size=1, max_size=4))
     def check(changes):
-        config = OmegaConf.create(OmegaConf.to_container(composed, resolve=False))
+        config = copy.deepcopy(composed)
         try:
             for key, value in changes.items():
                 OmegaConf.update(config, key, value, merge=False)

@@ -4,14 +4,14 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
-from verl_trb import checkpoints
+from verl_trb import checkpoints, session
 from verl_trb.report import read_metrics
 
 TIMEOUT = 900  # seconds for any one of the runs
@@ -36,37 +36,42 @@ def cache(tmp_path_factory) -> Path:
     return Path(folder) if folder else tmp_path_factory.mktemp("cache")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def template(tmp_path_factory):
+    """All runs and their workers are forks."""
+    with session.session(["recipe=quickstart"], tmp_path_factory.mktemp("template") / "log"):
+        yield
+
+
 class Run:
     """One command in a folder of its own; `screen` is what it has printed."""
 
     def __init__(self, run_dir: Path, cache: Path, steps: int, *overrides: str) -> None:
         self.run_dir, self.output = run_dir, run_dir.with_suffix(".out")
-        command = [sys.executable, "-m", "verl_trb.main", *SETTINGS, f"trainer.total_training_steps={steps}"]
-        command += [f"trb.run_dir={run_dir}", f"trb.cache_dir={cache}", *overrides]
-        with open(self.output, "a") as output:
-            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        arguments = [*SETTINGS, f"trainer.total_training_steps={steps}"]
+        arguments += [f"trb.run_dir={run_dir}", f"trb.cache_dir={cache}", *overrides]
+        self.process = psutil.Process(session.start(arguments, self.output))
 
     @property
     def screen(self) -> str:
         return self.output.read_text()
 
-    def until(self, words: str) -> None:
+    def until(self, what: str, seen: Callable[[], bool], every: float = 0.1) -> None:
         deadline = time.monotonic() + TIMEOUT
-        while words not in self.screen:
-            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.screen}"
-            assert time.monotonic() < deadline, f"no {words!r} in {TIMEOUT} s:\n{self.screen}"
-            time.sleep(0.2)
+        while not seen():
+            assert self.process.status() != psutil.STATUS_ZOMBIE, f"ended with {self.process.wait()}:\n{self.screen}"
+            assert time.monotonic() < deadline, f"no {what} in {TIMEOUT} s:\n{self.screen}"
+            time.sleep(every)
+
+    def until_said(self, words: str) -> None:
+        self.until(repr(words), lambda: words in self.screen)
 
     def until_checkpoint(self, step: int) -> None:
-        deadline = time.monotonic() + TIMEOUT
-        while checkpoints.find(self.run_dir / "checkpoints").step < step:
-            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.screen}"
-            assert time.monotonic() < deadline, f"no checkpoint {step} in {TIMEOUT} s:\n{self.screen}"
-            time.sleep(0.05)
+        self.until(f"checkpoint {step}", lambda: checkpoints.find(self.run_dir / "checkpoints").step >= step)
 
     def send(self, name: str, number: signal.Signals) -> None:
         """A signal to the run's processes whose title begins with `name`."""
-        members = psutil.Process(self.process.pid).children(recursive=True)
+        members = psutil.Process().children(recursive=True)  # the workers are the template's
         hit = [member for member in members if " ".join(member.cmdline()).startswith(name)]
         assert hit, [" ".join(member.cmdline())[:60] for member in members]
         for member in hit:
@@ -78,27 +83,44 @@ class Run:
         return code
 
 
-def test_processes_killed_and_hanging_are_replaced(tmp_path, cache):
-    """The engine is killed, then a rollout worker, then the engine hangs: three restarts, and every step is there."""
-    run = Run(tmp_path / "run", cache, 14, "trb.max_restarts=3", "trb.stall_seconds=90")
-    for number, (name, sign, said) in enumerate(
-        [
-            ("VLLM::EngineCore", signal.SIGKILL, "rollout engine"),
-            ("ray::DistillationAgentLoopWorker", signal.SIGKILL, "a rollout worker died"),
-            ("VLLM::EngineCore", signal.SIGSTOP, "nothing has moved for 90 s"),
-        ],
-        start=1,
-    ):
+ENGINE = "VLLM::EngineCore"
+
+
+def test_killed_processes_are_replaced(tmp_path, cache):
+    """The engine is killed during a weight sync or just after it, then a rollout worker: two restarts, and every step
+    is there.
+    """
+    run = Run(tmp_path / "run", cache, 9, "trb.max_restarts=2")
+    kills = [
+        (ENGINE, "the rollout engine's process ended"),
+        ("ray::DistillationAgentLoopWorker", "a rollout worker died"),
+    ]
+    for number, (name, said) in enumerate(kills, start=1):
         run.until_checkpoint(checkpoints.find(run.run_dir / "checkpoints").step + 2)
-        run.send(name, sign)
-        run.until(f"{number} of at most 3 times")
-        assert said in run.screen, run.screen
+        run.until("weight sync", lambda: "sending" in (run.run_dir / "status.json").read_text(), every=0.005)
+        run.send(name, signal.SIGKILL)
+        run.until_said(f"{number} of at most 2 times")
+        assert said in " ".join(run.screen.split()), run.screen
     assert run.end() == 0, run.screen
-    steps = read_metrics(run.run_dir)
-    assert [line["step"] for line in steps] == list(range(1, 15))
-    assert steps[-1]["trb/restarts"] == 3
-    assert "waiting for the rollout engine" in run.screen
-    for line in steps:
+    all_steps_are_right(run, 9, restarts=2)
+
+
+def test_an_engine_that_hangs_is_replaced(tmp_path, cache):
+    run = Run(tmp_path / "run", cache, 4, "trb.max_restarts=1", "trb.stall_seconds=100")
+    run.until_checkpoint(2)
+    run.send(ENGINE, signal.SIGSTOP)
+    run.until_said("1 of at most 1 times")
+    said = " ".join(run.screen.split())
+    assert "nothing has moved for 100 s" in said and "the rollout engine" in said, run.screen
+    assert run.end() == 0, run.screen
+    all_steps_are_right(run, 4, restarts=1)
+
+
+def all_steps_are_right(run: Run, steps: int, restarts: int) -> None:
+    lines = read_metrics(run.run_dir)
+    assert [line["step"] for line in lines] == list(range(1, steps + 1))
+    assert lines[-1]["trb/restarts"] == restarts
+    for line in lines:
         assert line["trb/log_ratio_trainer"] == pytest.approx(line["trb/log_ratio"], abs=2e-5), "stale weights"
 
 
@@ -114,10 +136,10 @@ def test_a_reward_function_that_hangs(tmp_path, cache):
     """There is no checkpoint yet, so nothing to go on from: it stops, and says who waits for what."""
     (tmp_path / "rewards.py").write_text(REWARDS)
     function = [f"reward.custom_reward_function.path={tmp_path}/rewards.py", "reward.custom_reward_function.name=hangs"]
-    run = Run(tmp_path / "run", cache, 2, *function, "trb.stall_seconds=45")
+    run = Run(tmp_path / "run", cache, 2, *function, "trb.stall_seconds=100")
     assert run.end() == 1
     last = " ".join(run.screen.split())
-    assert "nothing has moved for 45 s (trb.stall_seconds)" in last
+    assert "nothing has moved for 100 s (trb.stall_seconds)" in last
     assert "the rollouts of step 1: 0 of 8 prompts done, waiting for the reward function (8 rollouts)" in last
 
 

@@ -125,6 +125,7 @@ INTERFACES: dict[str, tuple[str, ...]] = {
     "vllm.distributed.parallel_state": ("get_tp_group",),
     "vllm.model_executor.model_loader.reload": ("initialize_layerwise_reload", "finalize_layerwise_reload"),
     "vllm.sampling_params": ("RequestOutputKind.FINAL_ONLY",),
+    "vllm.v1.engine.async_llm": ("AsyncLLM.errored",),
     "vllm.v1.outputs": ("LogprobsTensors", "SamplerOutput"),
     "vllm.v1.sample.metadata": ("SamplingMetadata",),
     "vllm.v1.sample.rejection_sampler": ("RejectionSampler.forward", "PLACEHOLDER_TOKEN_ID"),

@@ -29,6 +29,7 @@ from verl_trb.shared_memory import remove_orphans
 from verl_trb.training.task_runner import DistillationTaskRunner
 
 POLL_SECONDS = 0.25
+LOST_SECONDS = 15.0  # for the trainer to say by itself what a process that has ended means
 RAY_STARTS = 3
 SHOWN = ("stage", "step", "warning", "error")  # the others are for the summary
 
@@ -171,6 +172,7 @@ def _follow(runner: Any, config: DictConfig, display: Display, restarts: int) ->
     told.ray_kwargs = redacted(OmegaConf.to_container(config.ray_kwargs))
     running = runner.run.remote(told, restarts)
     seen, doing, heard = 0, "the trainer's start", time.monotonic()
+    lost, lost_at = "", 0.0
     while True:
         done, _ = ray.wait([running], timeout=POLL_SECONDS)
         events = _events(runner, seen)
@@ -179,10 +181,14 @@ def _follow(runner: Any, config: DictConfig, display: Display, restarts: int) ->
                 display.handle(event)
             elif event["kind"] == "doing":
                 doing = event["text"]
+            elif event["kind"] == "lost":
+                lost, lost_at = event["text"], time.monotonic()
         seen += len(events)
         heard = time.monotonic() if events else heard
         if done:
             break
+        if lost and time.monotonic() - lost_at > LOST_SECONDS:
+            raise ComponentLost(lost)
         if time.monotonic() - heard > config.trb.stall_seconds:
             limit = f"{config.trb.stall_seconds:g} s (trb.stall_seconds)"
             raise ComponentLost(f"nothing has moved for {limit}; what the run was at: {doing}")

@@ -214,6 +214,11 @@ class BlendedHttpServer(vLLMHttpServer):
             await self.engine.collective_rpc(method="skip_teacher", kwargs={"skipped": skip})
             self.teacher_skipped = skip
 
+    async def engine_ended(self) -> None:
+        """Returns when the engine's process is gone, which a weight sync under way would not notice."""
+        while self.node_rank != 0 or not self.engine.errored:
+            await asyncio.sleep(1.0)
+
     async def release_teacher(self) -> None:
         """Free the memory of the teacher's weights and KV cache; from now on requests that need it are refused."""
         if self.node_rank != 0 or self.teacher_released:

@@ -85,6 +85,7 @@ class DistillationTrainer(CheckpointingTrainer):
 
     def on_init_end(self) -> None:
         super().on_init_end()
+        self.watch_servers(self._servers())
         self.samples = SampleRecorder(self.config, self.tokenizer, self.val_dataset, self.total_training_steps)
         self.last_teacher_step = last_teacher_step(self.config.trb, self.total_training_steps)
         self.emit({"kind": "ready", "step": self.global_steps, "total_steps": self.total_training_steps})

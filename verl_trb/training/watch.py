@@ -7,6 +7,7 @@ stops a run whose last word is older than trb.stall_seconds, and says what it wa
 
 import json
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -29,6 +30,19 @@ class WatchedTrainer(PPOTrainerSync):
     doing = "starting"
     _asked = 0.0
     _ended: list[Any] | None = None  # what the rollout workers answer when their rollouts have ended
+
+    def watch_servers(self, servers: list[Any]) -> None:
+        """From here on the driver hears of a rollout engine that ends, whatever this process waits for then: verl sends
+        weights through a socket on which it would wait for an engine that is gone until the driver's watchdog ends it.
+        """
+        ended = [server.engine_ended.remote() for server in servers]
+
+        def watch() -> None:
+            ray.wait(ended)
+            text = f"the rollout engine's process ended during {self.doing} (its output is in logs/)"
+            self.emit({"kind": "lost", "text": text})
+
+        threading.Thread(target=watch, daemon=True).start()
 
     def now(self, doing: str, detail: str = "") -> None:
         """Says what the run does from here on. `detail` says how far it is."""

@@ -106,12 +106,12 @@ def test_killed_processes_are_replaced(tmp_path, cache):
 
 
 def test_an_engine_that_hangs_is_replaced(tmp_path, cache):
-    run = Run(tmp_path / "run", cache, 4, "trb.max_restarts=1", "trb.stall_seconds=100")
+    run = Run(tmp_path / "run", cache, 4, "trb.max_restarts=1", "trb.stall_seconds=150")
     run.until_checkpoint(2)
     run.send(ENGINE, signal.SIGSTOP)
     run.until_said("1 of at most 1 times")
     said = " ".join(run.screen.split())
-    assert "nothing has moved for 100 s" in said and "the rollout engine" in said, run.screen
+    assert "nothing has moved for 150 s" in said and "the rollout engine" in said, run.screen
     assert run.end() == 0, run.screen
     all_steps_are_right(run, 4, restarts=1)
 
@@ -136,10 +136,10 @@ def test_a_reward_function_that_hangs(tmp_path, cache):
     """There is no checkpoint yet, so nothing to go on from: it stops, and says who waits for what."""
     (tmp_path / "rewards.py").write_text(REWARDS)
     function = [f"reward.custom_reward_function.path={tmp_path}/rewards.py", "reward.custom_reward_function.name=hangs"]
-    run = Run(tmp_path / "run", cache, 2, *function, "trb.stall_seconds=100")
+    run = Run(tmp_path / "run", cache, 2, *function, "trb.stall_seconds=150")
     assert run.end() == 1
     last = " ".join(run.screen.split())
-    assert "nothing has moved for 100 s (trb.stall_seconds)" in last
+    assert "nothing has moved for 150 s (trb.stall_seconds)" in last
     assert "the rollouts of step 1: 0 of 8 prompts done, waiting for the reward function (8 rollouts)" in last
 
 

@@ -10,6 +10,7 @@ from verl_trb.errors import ComponentLost, RunError
 COMPONENTS = {
     "WorkerDict": "a training worker",
     "DistillationAgentLoopWorker": "a rollout worker",
+    "AgentLoopWorkerTQ": "a rollout worker",  # the same one: Ray names a subclass of an actor class by its base
     "BlendedHttpServer": "the rollout engine's server",
     "RewardLoopWorker": "a reward worker",
     "DistillationTaskRunner": "the trainer",

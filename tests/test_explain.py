@@ -24,6 +24,7 @@ class EngineDeadError(Exception):
     ("name", "said"),
     [
         ("DistillationAgentLoopWorker", "a rollout worker died"),
+        ("AgentLoopWorkerTQ", "a rollout worker died"),
         ("create_colocated_worker_cls.<locals>.WorkerDict", "a training worker died"),
         ("BlendedHttpServer", "the rollout engine's server died"),
         ("SomethingElse", "SomethingElse died"),

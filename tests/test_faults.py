@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from verl_trb import checkpoints, session
+from verl_trb import checkpoints, prefork, session
 from verl_trb.report import read_metrics
 
 TIMEOUT = 900  # seconds for any one of the runs
@@ -186,6 +186,7 @@ def test_empty_rollouts(tmp_path, cache, monkeypatch, which):
     (tmp_path / "silent_loop.py").write_text(LOOPS.format(which=which))
     (tmp_path / "loops.yaml").write_text("- {name: silent, _target_: silent_loop.Silent}")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.delenv(prefork.SHARED)  # that template has another path
     agent = "actor_rollout_ref.rollout.agent"
     loop = [f"{agent}.agent_loop_config_path={tmp_path}/loops.yaml", f"{agent}.default_agent_loop=silent"]
     run = Run(tmp_path / "run", cache, 2, *loop)

@@ -50,7 +50,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     words = {"<|endoftext|>": EOS, "<|pad|>": PAD, "<|im_end|>": MARKER, "\n": 3}
     words |= {f"w{i}": i for i in range(len(words), VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<|pad|>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")  # keeps the newline, which verl asks for
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|endoftext|>",

@@ -4,8 +4,8 @@
     python scripts/check_plan.py FOLDER --sizes small
 
 Each size is three training steps of `recipe=quickstart` with random models. Memory is anonymous memory of the training
-worker and of the engine (RssAnon, twenty times a second), less that of the same processes with models of 0.1M
-parameters: what the interpreters and libraries take. Prints planned, measured and their ratio (docs/planning.md).
+worker and of the engine (RssAnon, twenty times a second), less what the interpreters and libraries take: that is found
+with models of 0.1M parameters. Prints planned, measured and their ratio (docs/planning.md).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import psutil
 from bench_models import make_model, make_tokenizer
 
 from verl_trb import composition
+from verl_trb.dry_run import fill_in_prepared
 from verl_trb.planning.devices import Cluster, Device, this_cpu
 from verl_trb.planning.job import job_of, workload_of
 from verl_trb.planning.memory import Job, engine, loss_phase, optimizer_phase, resident
@@ -140,7 +141,6 @@ def run(folder: Path, size: str, number: int = 0) -> Measured:
     def most(name: str, low: float, high: float) -> int:
         return max((size_ for at, process_, size_ in seen if name in process_ and low <= at < high), default=0)
 
-    print(sorted({name for _, name, _ in seen}), file=sys.stderr)
     return Measured(
         worker_rest=most(WORKER, begun, begun + 0.8 * last["timing_s/gen"]),
         worker_peak=most(WORKER, started, ended),
@@ -172,6 +172,7 @@ def planned(folder: Path, size: str, device: Device) -> tuple[Job, dict[str, flo
     jobs: list[Job] = []
 
     def plan(config: Any) -> int:
+        fill_in_prepared(config)
         cluster = Cluster(1, 1, device)
         job = job_of(config, cluster)
         times = step_time(job, workload_of(config, 64), cluster, tv_bound(EPSILON))
@@ -191,6 +192,17 @@ def planned(folder: Path, size: str, device: Device) -> tuple[Job, dict[str, flo
     return jobs[0], kept
 
 
+def processes(folder: Path, device: Device) -> dict[str, float]:
+    """Bytes of the processes whatever the models: measured with the smallest, less the plan's. Kept in `folder`."""
+    kept = folder / "processes.json"
+    if not kept.exists():
+        base = run(folder, "baseline")
+        _, plan = planned(folder, "baseline", device)
+        names = "worker_rest", "worker_peak", "engine"
+        kept.write_text(json.dumps({name: getattr(base, name) - plan[name] for name in names}))
+    return json.loads(kept.read_text())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -202,21 +214,18 @@ def main() -> None:
     print(
         f"this CPU: {device.flops / 1e9:.0f} GFLOP/s, {device.bandwidth / 1e9:.1f} GB/s (one thread where OMP says so)"
     )
-    base = run(folder, "baseline")
-    print(f"baseline: worker {base.worker_peak / 2**20:,.0f} MiB, engine {base.engine / 2**20:,.0f} MiB")
+    own = processes(folder, device)
+    print("the processes themselves, MiB: " + ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in own.items()))
     print(f"{'':24}{'planned':>12}{'measured':>12}{'ratio':>8}")
     for size in args.sizes:
         job, plan = planned(folder, size, device)
         got = run(folder, size)
         print(f"{size}: {job.student.parameters / 1e6:.0f}M <- {job.teacher.parameters / 1e6:.0f}M")
-        rows = {
-            name: (plan[name], getattr(got, name) - getattr(base, name))
-            for name in ("worker_rest", "worker_peak", "engine")
-        }
+        rows = {name: (plan[name], getattr(got, name) - mine) for name, mine in own.items()}
         rows["in all"] = (plan["worker_peak"] + plan["engine"], rows["worker_peak"][1] + rows["engine"][1])
         for name, (expected, found) in rows.items():
             print(f"  {name + ', MiB':22}{expected / 2**20:12,.0f}{found / 2**20:12,.0f}{expected / found:8.2f}")
-        print(f"  {'(loading, MiB)':22}{'':12}{(got.worker_loading - base.worker_loading) / 2**20:12,.0f}")
+        print(f"  {'(loading, MiB)':22}{'':12}{(got.worker_loading - own['worker_peak']) / 2**20:12,.0f}")
         for name in ("rollouts", "update"):
             expected, found = plan[name], getattr(got, name)
             print(f"  {name + ', s':22}{expected:12.2f}{found:12.2f}{expected / found:8.2f}", flush=True)

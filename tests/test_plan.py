@@ -163,7 +163,7 @@ def test_the_engine_takes_its_share_and_the_sampler_comes_on_top() -> None:
     parts = engine(JOB)
     sampler = parts.pop("engine: sampler")
     assert sum(parts.values()) == pytest.approx(0.6 * H100.memory, abs=2)
-    assert sampler == int(6 * 4 * 256 * 5 * 151_936)
+    assert sampler == int(6 * 4 * 256 * 4 * 151_936)
     assert parts["engine: teacher KV cache"] / parts["engine: student KV cache"] == pytest.approx(36 / 28)
     assert most_sequences(JOB, 8192) == kv_budget(JOB) // (2 * 2 * 8 * 128 * (28 + 36) * 8192)
     assert kv_budget(replace(JOB, kv_bytes=10**9)) == pytest.approx(10**9, abs=1)

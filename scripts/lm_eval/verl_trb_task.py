@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from verl_trb.rewards.math import compute_score
+from verl_trb.evaluation.problems import MATH, load_reward, source_reward
 
 
 def question(row: dict[str, Any]) -> str:
@@ -14,4 +14,5 @@ def answer(row: dict[str, Any]) -> str:
 
 
 def score(row: dict[str, Any], responses: list[str]) -> dict[str, float]:
-    return {"accuracy": compute_score(row["data_source"], responses[0], answer(row), row["extra_info"])}
+    reward = load_reward(source_reward(row["data_source"]) or MATH)
+    return {"accuracy": reward(row["data_source"], responses[0], answer(row), row.get("extra_info"))}

@@ -91,17 +91,20 @@ def read_sets(files: Sequence[Path], limit: int | None = None) -> list[ProblemSe
 
 def reward_name(problems: ProblemSet, chosen: str | None) -> str:
     """A set's reward function, MODULE:NAME or FILE.py:NAME: the one chosen, else the source's. Raises UserError."""
-    if chosen:
-        return chosen
-    for toy in TOYS:
-        if problems.name.startswith(toy):
-            return f"verl_trb.tasks.{toy}:compute_score"
-    if problems.name in SOURCES or problems.name.startswith(REASONING_GYM):
-        return MATH
+    if name := chosen or source_reward(problems.name):
+        return name
     raise UserError(
         f"{problems.file}: no reward function is known for the data_source {problems.name!r}; name one with "
         f"--reward, for example --reward {MATH}."
     )
+
+
+def source_reward(source: str) -> str | None:
+    """The reward function of a data_source as MODULE:NAME; None for those not made here."""
+    for toy in TOYS:
+        if source.startswith(toy):
+            return f"verl_trb.tasks.{toy}:compute_score"
+    return MATH if source in SOURCES or source.startswith(REASONING_GYM) else None
 
 
 def load_reward(name: str) -> Callable[..., Any]:

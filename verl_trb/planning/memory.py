@@ -138,7 +138,7 @@ def sampler(job: Job) -> int:
     """Probabilities over the vocabulary of a block's rows: they come on top of gpu_memory_utilization, because vLLM
     takes its measure with its own sampler.
     """
-    return int(SAMPLER_TENSORS * 4 * job.max_num_seqs * (job.draft_tokens + 1) * job.teacher.vocabulary)
+    return int(SAMPLER_TENSORS * 4 * job.max_num_seqs * job.draft_tokens * job.teacher.vocabulary)
 
 
 def kv_budget(job: Job) -> int:

@@ -101,7 +101,7 @@ def teacher_logprob(panel: Axes, runs: Sequence[Metrics]) -> None:
 def lengths(panel: Axes, runs: Sequence[Metrics]) -> None:
     _pair(panel, runs, "Response length", "tokens", {"mean": ("response_length/mean", MAIN),
                                                      "longest": ("response_length/max", THIN)})  # fmt: skip
-    panel.set_ylim(bottom=0)
+    panel.set_ylim(0, 1.08 * panel.get_ylim()[1])
 
 
 def times(panel: Axes, runs: Sequence[Metrics]) -> None:

@@ -1,6 +1,7 @@
 """What is evaluated on what, and the file of samples: everything but the engine (test_evaluate_engine.py has that)."""
 
 import json
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -120,6 +121,16 @@ def test_rewards_are_those_of_the_source(tmp_path: Path) -> None:
         UserError, match="no reward function is known for the data_source 'mine'; name one with --reward"
     ):
         reward_name(replace(one, name="mine"), None)
+
+
+def test_the_harness_s_task_scores_by_the_source() -> None:
+    task = runpy.run_path(str(Path(__file__).parent.parent / "scripts" / "lm_eval" / "verl_trb_task.py"))
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "1 + 1?"}]
+    row = {"prompt": messages, "data_source": "amc23", "reward_model": {"ground_truth": "2"}, "extra_info": {}}
+    assert task["question"](row) == "1 + 1?" and task["answer"](row) == "2"
+    assert [task["score"](row, [f"\\boxed{{{n}}}"])["accuracy"] for n in (2, 3)] == [1.0, 0.0]
+    toy = {**row, "data_source": "table_walk", "reward_model": {"ground_truth": "A5B3."}}
+    assert [task["score"](toy, [text])["accuracy"] for text in ("A5B3", "\\boxed{A5B3.}")] == [1.0, 0.0]
 
 
 def test_a_reward_function_of_ones_own(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ test-slow: setup
 bench: setup
 	@$(PYTHON_VENV) scripts/bench_solver.py
 	@$(PYTHON_VENV) scripts/bench_loss.py
+	@$(PYTHON_VENV) scripts/bench_calls.py
 	@$(PYTHON_VENV) scripts/bench_rollouts.py
 	@$(PYTHON_VENV) scripts/bench_growth.py
 

@@ -4,14 +4,15 @@
     python scripts/bench_growth.py --only epsilon batch   # some of it
     python scripts/bench_growth.py --draw growth.json     # the picture from figures measured before (--json)
 
-Small random models (student 3M, teacher 24M parameters beside their embeddings), bfloat16, blocks of 4 drafts unless
-said. The formula is
+Small random models (student 3M, teacher 24M parameters beside their embeddings), bfloat16 where the CPU multiplies
+it, else float32, blocks of 4 drafts unless said. The formula is
 
     seconds a token of one sequence = (drafts * student's pass + teacher's pass + rest) / tokens of a block / batch
 
 with the tokens of a block from epsilon's total variation; each quantity enters it in its own way, said beside its
 panel. What is tested is that nothing grows faster than in proportion: the growth exponent, the slope of log cost over
-log quantity between the last two points, may not exceed 1 by more than 0.1. Every engine is a process of its own.
+log quantity between the last two points, may not exceed 1 by more than 0.1. Every engine is a process of its own,
+with one thread. On a machine in use BENCH_CPU_TIME=1 counts CPU seconds, which of engines side by side say nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from bench_models import Models, make_model
+from bench_models import Models, make_model, native_dtype
 from bench_rollouts import Ours, Side, answer_requests
 
 STUDENT = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4}
@@ -81,7 +82,7 @@ def make_pair(folder: Path, layers: int, size: int) -> Models:
 def serve(folder: Path, layers: int, size: int) -> None:
     models = make_pair(folder, layers, size)
     batch, response = max(p.batch for p in POINTS), max(p.response for p in POINTS)
-    answer_requests(lambda: Ours(models, batch, DRAFTS, response, size), size)
+    answer_requests(lambda: Ours(models, batch, DRAFTS, native_dtype(), response, size), size)
 
 
 def measure(points: list[Point]) -> list[dict[str, float]]:
@@ -97,7 +98,7 @@ def measure(points: list[Point]) -> list[dict[str, float]]:
                         where = Path(folder) / str(len(sides))
                         where.mkdir()
                         command = [__file__, "--serve", str(where), *map(str, engine)]
-                        sides.append(Side(command, threads=1, log=where / "log"))
+                        sides.append(Side(command, threads=1, log=where / "log").wait())
                     results[point] = measure_point(point, sides[: point.replicas])
                     print({**point._asdict(), **results[point]}, flush=True)
             finally:

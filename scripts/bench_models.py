@@ -1,10 +1,10 @@
-"""The pair of models of the benchmarks: a student of 42M and a teacher of 335M parameters, bfloat16, V = 32,000.
+"""The pair of models of the benchmarks: a student of 42M and a teacher of 335M parameters, V = 32,000.
 
     python scripts/bench_models.py FOLDER    # FOLDER/student and FOLDER/teacher, 0.8 GB; the benchmarks make them
 
 The weights are random, scaled so that logits have a standard deviation of 3, as language models' have. Two random
 models disagree at every prefix, so a trust region of epsilon = 0.02 always binds: its total variation, and so the
-acceptance of drafts, is what epsilon alone allows.
+acceptance of drafts, is what epsilon alone allows. Stored in bfloat16; computed in `native_dtype`.
 """
 
 from __future__ import annotations
@@ -43,6 +43,16 @@ SHAPES = {
 class Models(NamedTuple):
     student: Path
     teacher: Path
+
+
+def native_dtype() -> str:
+    """bfloat16 where the CPU multiplies it, else float32.
+
+    Speculation pays while a pass is bound by reading weights. Where bfloat16 is emulated a pass over one token is bound
+    by computing already, which is no picture of any machine that serves models.
+    """
+    capabilities = torch.cpu.get_capabilities()
+    return "bfloat16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "float32"
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

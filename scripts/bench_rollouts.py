@@ -4,18 +4,21 @@
     python scripts/bench_rollouts.py --batches 1 4         # a part of it
     python scripts/bench_rollouts.py --json rollouts.json  # adds the figures to a file, one line a run
 
-The pair is that of bench_models.py, bfloat16. Every side is a process of its own, started once; they answer in turns,
-one at a time, repetition after repetition, and what is printed are medians. Sides: `student` and `teacher` are plain
-vLLM (without log-probabilities); `ours` is one engine at every number of drafts, fixed, chosen by itself (auto), and
-at epsilon = 0; `loop` is what one writes down with Hugging Face, KV caches for both models and our solver.
+The pair is that of bench_models.py, in --dtype: bfloat16 where the CPU multiplies it, else float32. Every side is a
+process of its own, started once; they answer in turns, one at a time, repetition after repetition, and what is printed
+are medians. Sides: `student` and `teacher` are plain vLLM (without log-probabilities); `ours` is one engine at every
+number of drafts, fixed, chosen by itself (auto), and at epsilon = 0; `loop` is what one writes down with Hugging Face,
+KV caches for both models and our solver.
 
     lockstep  1 / (1/student + 1/teacher) tokens a second: both models once a token, nothing else
-    bound     tokens of a block / (drafts * student's pass + teacher's pass), both passes timed inside our engine
+    bound     tokens of a block / (drafts * student's pass + teacher's pass), both passes timed inside our engine; it is
+              about blocks, so the passes over the prompts are left out of our time, too
     sampler   the share of our engine's time that goes into solver, acceptance and statistics
     sched.    the share outside the worker: scheduler and outputs, what asynchronous scheduling could hide at most
               (vLLM itself has none on a CPU)
 
-Uses two OpenMP threads: it wants the machine to itself. Exits with 1 where a target is missed.
+One thread a process: two that wait for each other measure whatever else runs. Even so it wants the machine to itself;
+where it cannot have it, --cpu-time counts the process's own seconds. Exits with 1 where a target is missed.
 """
 
 from __future__ import annotations
@@ -32,10 +35,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench_models import VOCABULARY, Models, make_models
+from bench_models import VOCABULARY, Models, make_models, native_dtype
 
 EPSILON = 0.02
-PROMPT, RESPONSE = 32, 64  # tokens
+PROMPT, RESPONSE = 16, 48  # tokens; few in a prompt: a CPU computes long over what a GPU reads in a moment
+CLOCK = time.process_time if os.environ.get("BENCH_CPU_TIME") else time.perf_counter
 GAMMAS = (1, 2, 4, 6, 8)
 TARGETS = {"lockstep": {1: 2.5, 4: 1.6, 16: 1.2}, "loop": {1: 4.0, 4: 3.0, 8: 2.3}, "bound": {1: 0.9, 4: 0.9}}
 
@@ -55,9 +59,9 @@ class Timed:
         import torch
 
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
-        start = time.perf_counter()
+        start = CLOCK()
         result = self.call(*args, **kwargs)
-        self.calls.append((len(tensors[0]) if tensors else 0, time.perf_counter() - start))
+        self.calls.append((len(tensors[0]) if tensors else 0, CLOCK() - start))
         return result
 
     def take(self) -> list[tuple[int, float]]:
@@ -68,12 +72,12 @@ class Timed:
 class Plain:
     """vLLM serving one model."""
 
-    def __init__(self, model: Path, batch: int, response: int = RESPONSE, **overrides: Any) -> None:
+    def __init__(self, model: Path, batch: int, dtype: str, response: int = RESPONSE, **overrides: Any) -> None:
         from vllm import LLM
 
         arguments = {
             "model": str(model),
-            "dtype": "bfloat16",
+            "dtype": dtype,
             "max_model_len": PROMPT + response + 32,
             "max_num_seqs": batch,
             "max_num_batched_tokens": 1024,
@@ -97,9 +101,9 @@ class Plain:
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
         for part in self.worker_parts:
             part.take()
-        start = time.perf_counter()
+        start = CLOCK()
         outputs = self.llm.generate(inputs, params, use_tqdm=False)
-        seconds = time.perf_counter() - start
+        seconds = CLOCK() - start
         return sum(len(output.outputs[0].token_ids) for output in outputs), seconds
 
     def scheduling(self, seconds: float) -> float:
@@ -115,7 +119,7 @@ class Ours(Plain):
     """Our engine: the teacher's, with the student as its draft model."""
 
     def __init__(
-        self, models: Models, batch: int, drafts: int, response: int = RESPONSE, size: int = VOCABULARY
+        self, models: Models, batch: int, drafts: int, dtype: str, response: int = RESPONSE, size: int = VOCABULARY
     ) -> None:
         import verl_trb.platforms  # noqa: F401
         from verl_trb.rollout.engine_args import ENGINE_ENVIRONMENT, blended_engine_args, model_length
@@ -124,10 +128,11 @@ class Ours(Plain):
         from verl.workers.rollout.vllm_rollout import utils
 
         utils.set_death_signal = lambda: None  # verl's: end with the engine's parent, which here is ours
-        length = model_length(PROMPT, response, drafts)
+        self.drafts, length = drafts, model_length(PROMPT, response, drafts)
         super().__init__(
             models.teacher,
             batch,
+            dtype,
             logprobs_mode="processed_logprobs",
             skip_tokenizer_init=True,
             **{**blended_engine_args(str(models.student), drafts), "max_model_len": length},
@@ -165,6 +170,8 @@ class Ours(Plain):
         sums = self.rpc("take_rollout_statistics")
         assert sums["tokens"] == tokens == len(prompts) * response, (sums, tokens)
         parts = {name: [part.take() for part in timed] for name, timed in self.parts.items()}
+        models = [call for name in ("teacher", "student") for part in parts[name] for call in part]
+        longest = len(prompts) * (drafts or self.drafts)  # rows of a block; a pass over prompts has more
         answer = {
             "rate": tokens / seconds,
             "tokens": tokens / sums["blocks"],
@@ -172,7 +179,8 @@ class Ours(Plain):
             "tv": sums["tv"] / sums["verified"],
             "sampler": sum(s for _, s in parts["sampler"][0]) / seconds,
             "scheduling": self.scheduling(seconds),
-            "models": sum(s for name in ("teacher", "student") for part in parts[name] for _, s in part) / seconds,
+            "models": sum(s for _, s in models) / seconds,
+            "blocks": tokens / (seconds - sum(s for rows, s in models if rows > longest)),
         }
         if drafts:
             # One block: `drafts` passes of the student over one token a row, one of the teacher over the drafts.
@@ -188,12 +196,11 @@ class Ours(Plain):
 class Loop:
     """Both models token by token, with KV caches: the outer loop that one writes down."""
 
-    def __init__(self, models: Models) -> None:
-        import torch
+    def __init__(self, models: Models, dtype: str) -> None:
         from transformers import AutoModelForCausalLM
 
         self.models = [
-            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+            AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
             for folder in models
         ]
 
@@ -202,7 +209,7 @@ class Loop:
 
         from verl_trb.trust_region import blend
 
-        start = time.perf_counter()
+        start = CLOCK()
         with torch.inference_mode():
             input_BT, caches = torch.tensor(prompts), [None, None]
             for _ in range(RESPONSE):
@@ -212,14 +219,14 @@ class Loop:
                     caches[i] = output.past_key_values
                     logps.append(output.logits[:, -1].float().log_softmax(-1))
                 input_BT = torch.multinomial(blend(logps[0], logps[1], EPSILON).log_mu.exp(), 1)
-        return {"rate": len(prompts) * RESPONSE / (time.perf_counter() - start)}
+        return {"rate": len(prompts) * RESPONSE / (CLOCK() - start)}
 
 
-def serve(side: str, models: Models, batch: int, drafts: int) -> None:
+def serve(side: str, models: Models, batch: int, drafts: int, dtype: str) -> None:
     def start() -> Any:
         if side == "loop":
-            return Loop(models)
-        return Ours(models, batch, drafts) if side == "ours" else Plain(getattr(models, side), batch)
+            return Loop(models, dtype)
+        return Ours(models, batch, drafts, dtype) if side == "ours" else Plain(getattr(models, side), batch, dtype)
 
     answer_requests(start, VOCABULARY)
 
@@ -259,7 +266,13 @@ class Side:
         self.process = subprocess.Popen(
             [sys.executable, *command], stdin=pipe, stdout=pipe, stderr=log.open("w"), text=True, env=environment
         )
-        self.answer()
+        self.ready = False
+
+    def wait(self) -> Side:
+        """Until it has started; several can start at the same time."""
+        if not self.ready:
+            self.ready = self.answer()["ready"]
+        return self
 
     def ask(self, **request: Any) -> dict[str, Any]:
         self.send(**request)
@@ -295,17 +308,19 @@ def measure(options: argparse.Namespace) -> dict[int, dict[str, dict[str, float]
     results: dict[int, dict[str, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         try:
+            for side in sorted({side for batch in options.batches for _, side, _ in cases(options, batch)}):
+                command = [__file__, "--serve", side, "--models", str(options.models), "--dtype", options.dtype]
+                command += ["--batches", *map(str, options.batches), "--gammas", *map(str, options.gammas)]
+                sides[side] = Side(command, options.threads, Path(folder) / f"{side}.log")
+            for each in sides.values():
+                each.wait()
             for batch in options.batches:
                 runs: dict[str, list[dict[str, float]]] = {}
                 for repetition in range(-1, options.repetitions):  # the first warms up
                     for name, side, request in cases(options, batch):
-                        if side not in sides:
-                            command = [__file__, "--serve", side, "--models", str(options.models)]
-                            command += ["--batches", *map(str, options.batches)]
-                            command += ["--gammas", *map(str, options.gammas)]
-                            sides[side] = Side(command, options.threads, Path(folder) / f"{side}.log")
                         for _ in range(3 if repetition < 0 and name == "auto" else 1):  # it learns what steps cost
                             answer = sides[side].ask(batch=batch, **request)
+                        print(f"  {batch} x {name}, {repetition}: {answer['rate']:.1f}", file=sys.stderr, flush=True)
                         if repetition >= 0:
                             runs.setdefault(name, []).append(answer)
                 results[batch] = {
@@ -333,7 +348,7 @@ def show(options: argparse.Namespace, batch: int, result: dict[str, dict[str, fl
         if "loop" in rate:
             values["to_loop"] = rate[name] / rate["loop"]
         if "bound" in values:
-            values["to_bound"] = rate[name] / values["bound"]
+            values["to_bound"] = values["blocks"] / values["bound"]
         loop = f"{values['to_loop']:.2f}×" if "to_loop" in values else "–"
         bound = f"{values['to_bound']:.0%}" if "to_bound" in values else "–"
         passes = ""
@@ -374,8 +389,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--gammas", type=int, nargs="+", default=GAMMAS)
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repetitions", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=native_dtype())
+    parser.add_argument("--cpu-time", action="store_true", help="CPU seconds, not the clock's: on a machine in use")
     parser.add_argument("--no-loop", action="store_true", help="leave out the Hugging Face loop")
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "verl_trb_bench_models")
     parser.add_argument("--json", type=Path)
@@ -383,12 +400,19 @@ def main() -> None:
     options = parser.parse_args()
     models = make_models(options.models)
     if options.serve:
-        serve(options.serve, models, max(options.batches), max(options.gammas))
+        serve(options.serve, models, max(options.batches), max(options.gammas), options.dtype)
         return
+    clock = "CPU time" if options.cpu_time else "clock time"
+    print(
+        f"{options.dtype}, {clock}, {options.threads} threads, {PROMPT} + {RESPONSE} tokens, epsilon = {EPSILON}",
+        flush=True,
+    )
+    if options.cpu_time:
+        os.environ["BENCH_CPU_TIME"] = "1"
     results = measure(options)
     if options.json:
         with options.json.open("a") as file:
-            print(json.dumps(results), file=file)
+            print(json.dumps({"dtype": options.dtype, "clock": clock, **results}), file=file)
     sys.exit(1 if verdict(results) else 0)
 
 

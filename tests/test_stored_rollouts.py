@@ -1,18 +1,28 @@
 """What our agent loop worker stores in TransferQueue is, field by field, what verl's own stores."""
 
 import asyncio
+import pickle
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transfer_queue
 from omegaconf import OmegaConf
 from tensordict import TensorDict
+from transfer_queue.metadata import extract_field_schema
+from transfer_queue.storage.managers.simple_storage_manager import AsyncSimpleStorageManager
+from transfer_queue.storage.simple_storage import StorageUnitData
+from transfer_queue.utils.serial_utils import decode, encode
 from verl.experimental.agent_loop import AgentLoopOutput
 from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopWorkerTQ
+from verl.utils import tensordict_utils as tu
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
-from verl_trb.training.agent_loop import DistillationAgentLoopWorker, put_rows, put_statuses
+from verl_trb.training.agent_loop import DistillationAgentLoopWorker, Prompts, put_rows, put_statuses
+from verl_trb.training.columns import Columns
 from verl_trb.training.group_commit import GroupCommit
 
 Ours: Any = DistillationAgentLoopWorker.__ray_metadata__.modified_class
@@ -64,14 +74,13 @@ def worker(kind: Any, rollouts: list[Any]) -> Any:
             await self._agent_loop_postprocess(rollout, trajectory["validate"], session_id=session_id, **kwargs)
 
     made = Answering.__new__(Answering)
-    made.config = OmegaConf.create(
-        {"trb": {"policy": "trb"}, "actor_rollout_ref": {"rollout": {"n": len(rollouts), "val_kwargs": {"n": 1}}}}
-    )
+    made.config = OmegaConf.create({"actor_rollout_ref": {"rollout": {"n": len(rollouts), "val_kwargs": {"n": 1}}}})
     made.processor, made.distillation_enabled, made.reward_loop_worker_handles = None, False, None
     if kind is Ours:
         from verl_trb.timeline import Spans
 
         made.spans, made.scoring = Spans("rollouts"), 0
+        made.trb, made.tokenizer = SimpleNamespace(policy="trb"), SimpleNamespace(eos_token_id=9)
         made.statuses, made.rows = GroupCommit(put_statuses), GroupCommit(put_rows)
     return made
 
@@ -89,7 +98,73 @@ def stored(kind: Any, rollouts: list[Any], monkeypatch: pytest.MonkeyPatch) -> P
 def same(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
-    return one == other
+    return type(one) is type(other) and one == other
+
+
+@pytest.mark.parametrize("validate", [False, True])
+def test_prompts_start_as_verls(validate):
+    prompts = {
+        "raw_prompt": np.array([[{"role": "user", "content": text}] for text in "abc"] + [None], dtype=object)[:3],
+        "index": np.array([4, 4, 7], dtype=object),
+        "uid": np.array(["x", "y", "z"], dtype=object),
+        "reward_model": np.array([{"ground_truth": n} for n in range(3)], dtype=object),
+        "weight": torch.tensor([1.0, 2.0, 3.0]),
+    }
+    sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": -1}
+    rollout = {**sampling, "calculate_log_probs": True, "agent": {"default_agent_loop": "single_turn_agent"}}
+    rollout["val_kwargs"] = {**sampling, "temperature": 0.5}
+
+    def started(kind: Any) -> list[Any]:
+        calls = []
+
+        class Starting(kind):
+            async def _run_prompt(self, prompt, sampling_params, trajectory, trace=False):
+                calls.append((prompt, sampling_params, trajectory, trace))
+
+        batch = tu.get_tensordict(dict(prompts))
+        tu.assign_non_tensor_data(batch, "global_steps", 5)
+        if validate:
+            tu.assign_non_tensor_data(batch, "validate", True)
+        made = Starting.__new__(Starting)
+        made.config, made.background_tasks = OmegaConf.create({"actor_rollout_ref": {"rollout": rollout}}), set()
+
+        async def run() -> None:
+            sent = Prompts.of(batch) if kind is Ours else batch
+            await made.generate_sequences(pickle.loads(pickle.dumps(sent)))
+            await asyncio.gather(*made.background_tasks)
+
+        asyncio.run(run())
+        return calls
+
+    ours, verls = started(Ours), started(Verls)
+    assert len(ours) == len(verls) == 3
+    for one, other in zip(ours, verls, strict=True):
+        assert one[1:] == other[1:]
+        assert one[0].keys() == other[0].keys()
+        assert all(same(one[0][name], value) for name, value in other[0].items())
+
+
+def test_transfer_queue_stores_columns_as_it_stores_a_tensordict():
+    """Through its own selection, encoding and storage."""
+    rows = [
+        {"ids": torch.arange(i + 1), "mask": torch.ones(2), "info": {"n": i}, "text": f"row {i}", "step": i, "none": {}}
+        for i in range(3)
+    ]
+
+    def through(columns: Any) -> dict[str, list[Any]]:
+        positions = list(range(len(rows)))
+        sent = {name: AsyncSimpleStorageManager._select_by_positions(columns[name], positions) for name in rows[0]}
+        storage = StorageUnitData(10)
+        storage.put_data(decode(encode(sent)), positions)
+        return storage.get_data(list(rows[0]), positions)
+
+    tensordict, columns = list_of_dict_to_tensordict(rows), Columns(rows)
+    assert columns.batch_size == tensordict.batch_size
+    assert extract_field_schema(columns) == extract_field_schema(tensordict)
+    ours, verls = through(columns), through(tensordict)
+    assert ours.keys() == verls.keys()
+    for name, values in verls.items():
+        assert all(same(one, other) for one, other in zip(ours[name], values, strict=True)), name
 
 
 def test_rows_and_tags_are_verls(monkeypatch):
@@ -97,7 +172,7 @@ def test_rows_and_tags_are_verls(monkeypatch):
     ours, verls = stored(Ours, rollouts, monkeypatch), stored(Verls, rollouts, monkeypatch)
     assert ours.rows.keys() == verls.rows.keys() == {"abc_0_0", "abc_1_0", "abc_2_0", "abc_2_1"}
     for key, (partition, fields, tag) in verls.rows.items():
-        assert (ours.rows[key][0], ours.rows[key][2]) == (partition, tag)
+        assert (ours.rows[key][0], ours.rows[key][2]) == (partition, tag | {"ended": key == "abc_0_0"})
         assert ours.rows[key][1].keys() == fields.keys()
         assert all(same(ours.rows[key][1][name], value) for name, value in fields.items())
     assert ours.statuses == verls.statuses == [("abc", "running"), ("abc", "finished")]

@@ -62,6 +62,7 @@ INTERFACES: dict[str, tuple[str, ...]] = {
     "verl.trainer.ppo.v1.trainer_sync": ("PPOTrainerSync",),
     "verl.experimental.agent_loop.agent_loop": (
         "AgentLoopOutput.as_dict",
+        "get_trajectory_info",
         "AgentLoopWorker._run_agent_loop",
         "AgentLoopWorker._compute_score",
         "AgentLoopWorker._compute_multi_modal_inputs",
@@ -73,7 +74,7 @@ INTERFACES: dict[str, tuple[str, ...]] = {
     "verl.experimental.reward_loop.reward_loop": ("RewardLoopWorker.compute_score_batch",),
     "verl.utils.profiler.performance": ("marked_timer",),
     "verl.utils.rollout_trace": ("rollout_trace_attr",),
-    "verl.utils.tensordict_utils": ("assign_non_tensor_stack", "list_of_dict_to_tensordict"),
+    "verl.utils.tensordict_utils": ("assign_non_tensor_stack",),
     "verl.workers.rollout.llm_server": (
         "LLMServerClient.generate",
         "LLMServerClient._acquire_server",
@@ -81,7 +82,8 @@ INTERFACES: dict[str, tuple[str, ...]] = {
         "LLMServerManager.get_client",
     ),
     "verl.trainer.ppo.v1.agent_loop_tq": (
-        "AgentLoopManagerTQ",
+        "AgentLoopManagerTQ.generate_sequences",
+        "AgentLoopWorkerTQ.generate_sequences",
         "AgentLoopWorkerTQ._run_prompt",
         "AgentLoopWorkerTQ._agent_loop_postprocess",
     ),
@@ -120,7 +122,7 @@ INTERFACES: dict[str, tuple[str, ...]] = {
         "vLLMHttpServer._validate_configs",
         "vLLMHttpServer.run_server",
         "vLLMHttpServer.generate",
-        "vLLMReplica",
+        "vLLMReplica.sleep",
     ),
     "vllm.distributed.parallel_state": ("get_tp_group",),
     "vllm.model_executor.model_loader.reload": ("initialize_layerwise_reload", "finalize_layerwise_reload"),

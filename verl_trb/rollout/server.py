@@ -249,6 +249,10 @@ class BlendedReplica(vLLMReplica):
     def _get_server_name_prefix(self) -> str:
         return f"{ROLLOUT_NAME}_"
 
+    async def sleep(self) -> None:
+        if self.config.free_cache_engine:  # else the servers would be asked twice, for nothing
+            await super().sleep()
+
     async def take_rollout_statistics(self) -> dict[str, float]:
         return merge([await server.take_rollout_statistics.remote() for server in self.servers])
 

@@ -5,6 +5,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ class DistillationTrainer(CheckpointingTrainer):
         self.warned: dict[str, int] = {}  # what was warned about, and when
         self.spans = Spans("trainer")
         self.step_began = self.step_ended = self.recorded_from = 0.0
+        self.beside = ThreadPoolExecutor(max_workers=1)  # for what is only recorded, while the worker learns
+        self.recording: Future[Any] | None = None
 
     @property
     def timing_raw(self) -> Timings:
@@ -113,7 +116,7 @@ class DistillationTrainer(CheckpointingTrainer):
         if self.samples.due(self.global_steps):
             with marked_timer("samples", self.timing_raw):
                 self.samples.record(self.global_steps, self.llm_server_manager.get_replicas()[0].servers[0])
-            self._take_rollout_sums()  # not the step's
+            ray.get(self._ask_rollout_sums())  # not the step's
         if self.config.trb.release_teacher and self.global_steps > self.last_teacher_step:
             self._release_teacher()
         self.objective = step_objective(self.config.trb, self.global_steps)
@@ -126,8 +129,9 @@ class DistillationTrainer(CheckpointingTrainer):
 
     def on_sample_end(self) -> None:
         self.now(f"the training of step {self.global_steps}")
+        asked = self._ask_rollout_sums()
         failed = self._take_failures(self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n)
-        sums = self._take_rollout_sums()
+        sums = merge(ray.get(asked))
         if bad := [name for name in ("student", "teacher") if sums.get(f"{name}_nan")]:
             count, whose = sum(int(sums[f"{name}_nan"]) for name in bad), " and the ".join(bad)
             raise RunError(
@@ -167,14 +171,16 @@ class DistillationTrainer(CheckpointingTrainer):
     def _servers(self) -> list[Any]:
         return [server for replica in self.llm_server_manager.get_replicas() for server in replica.servers]
 
-    def _take_rollout_sums(self) -> dict[str, float]:
-        return merge(ray.get([server.take_rollout_statistics.remote() for server in self._servers()]))
+    def _ask_rollout_sums(self) -> list[Any]:
+        return [server.take_rollout_statistics.remote() for server in self._servers()]
 
     def _release_teacher(self) -> None:
         """In the rollout engines; a resumed run whose warm-up is over does it at its first step."""
         ray.get([server.release_teacher.remote() for server in self._servers()])
 
     def _compute_old_log_prob(self, batch: Any, metrics: dict) -> Any:
+        if not self.objective.policy_gradient and not self.config.algorithm.use_kl_in_reward:
+            return batch  # nothing reads them; verl would copy the rollouts' own
         if self.objective.samples:  # the teacher's log-probabilities in the same pass
             batch.extra_info[OBJECTIVE] = self.objective.as_dict()
         batch = super()._compute_old_log_prob(batch, metrics)
@@ -183,8 +189,12 @@ class DistillationTrainer(CheckpointingTrainer):
 
     def _compute_advantage(self, batch: Any, metrics: dict) -> Any:
         """verl's, of the reward, with the weights of its rollout correction; beside them those of a single-sample
-        distillation loss.
+        distillation loss. Without a policy gradient they are metrics only, and need not be waited for.
         """
+        if not self.objective.policy_gradient and self.processor is None:  # of pictures the worker reads more fields
+            self.recording = self.beside.submit(super()._compute_advantage, batch, metrics)
+            batch.fields = sorted(UPDATE_FIELDS - {"advantages", "returns"})  # which are being written
+            return batch
         batch = super()._compute_advantage(batch, metrics)
         if not self.objective.samples:
             return batch
@@ -206,9 +216,14 @@ class DistillationTrainer(CheckpointingTrainer):
 
     def _update_actor(self, batch: Any, metrics: dict) -> Any:
         batch.extra_info[OBJECTIVE] = self.objective.as_dict()
-        if self.processor is None and batch.fields is not None:  # of pictures the worker reads more
+        if self.processor is None and batch.fields is not None:
             batch.fields = [field for field in batch.fields if field in UPDATE_FIELDS]
-        batch = super()._update_actor(batch, metrics)
+        updated: dict[str, Any] = {}
+        batch = super()._update_actor(batch, updated)
+        if self.recording is not None:
+            self.recording.result()
+            self.recording = None
+        metrics.update(updated)
         spans_by_rank = self.actor_rollout_wg.take_spans()
         self.spans.noted += spans_by_rank[0]
         self.timing_raw["teacher"] = max(
@@ -240,7 +255,7 @@ class DistillationTrainer(CheckpointingTrainer):
             metrics = super()._validate()
         finally:
             self._take_failures(rollouts)  # says why, where verl has no answers to average
-        self._take_rollout_sums()  # not the next step's
+        ray.get(self._ask_rollout_sums())  # not the next step's
         core = {  # by source: val-core/SOURCE/acc/mean@1
             name.removeprefix("val-core/").rsplit("/", 2)[0]: value
             for name, value in metrics.items()
@@ -265,9 +280,7 @@ class DistillationTrainer(CheckpointingTrainer):
         if get_policy(self.config.trb.policy).marks_corrections:
             data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=[CORRECTED])
             metrics["trb/corrected"] = float(data[CORRECTED].values().double().mean())
-        responses = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["responses"])
-        last = [int(ids[-1]) if len(ids) else -1 for ids in responses["responses"].unbind()]
-        metrics["trb/eos_rate"] = float(np.mean([token == self.tokenizer.eos_token_id for token in last]))
+        metrics["trb/eos_rate"] = float(np.mean([tag["ended"] for tag in batch.tags if not tag.get("is_padding")]))
         metrics["reward/mean"] = metrics["critic/score/mean"]
         metrics["trb/restarts"] = self.restarts
         self._record(metrics, global_steps)

@@ -58,7 +58,7 @@ class WatchedTrainer(PPOTrainerSync):
 
     def _build_replay_buffer(self) -> Any:
         buffer = super()._build_replay_buffer()
-        buffer.poll_interval = 0.01  # seconds; verl's default of 2 is an argument of the class, not of the config
+        buffer.poll_interval = 0.002  # seconds; verl's default of 2 is an argument of the class, not of the config
         # verl chooses the class itself, and its loop has no hook.
         buffer._wait_for_next_poll = partial(self._wait, buffer, buffer._wait_for_next_poll)
         return buffer

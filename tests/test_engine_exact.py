@@ -29,7 +29,7 @@ from engine_oracle import (
 from torch import Tensor
 
 from verl_trb.rollout.generation import Rollout
-from verl_trb.verified import Verified
+from verl_trb.verified import Verified, columns
 
 ALPHA, POWER = 1e-5, 1e-12
 EPSILONS = (0.0, 0.1, 0.3)
@@ -317,7 +317,8 @@ def test_what_is_kept_of_the_teacher_is_the_teachers(run: Run, temperature: floa
     blended, k = run.engine, 5
     prompts, epsilons = run.prompts[::20], [0.1, 0.3, 0.1] * (len(run.prompts[::20]) // 3)
     rollouts = blended.rollouts(prompts, epsilons, run.budgets[::20], temperature, keep=k)
-    packed = [blended.worker.take_kept(str(number)) for number in range(len(prompts))]
+    taken = [bytearray(blended.worker.take_kept(str(number))) for number in range(len(prompts))]
+    packed = [torch.frombuffer(kept, dtype=torch.float32).view(-1, columns(k)) for kept in taken]
     assert [len(columns) for columns in packed] == [len(rollout.token_ids) for rollout in rollouts]
     known = Verified.unpacked(torch.cat(packed))
     pair = blended.pair

@@ -24,6 +24,11 @@ from verl_trb.vocabulary import SharedVocabulary
 VERIFIED = "verified"
 
 
+def columns(k: int) -> int:
+    """C."""
+    return 2 * k + 3
+
+
 class Verified(NamedTuple):
     """index_NK: int64, the student's most likely tokens, over the shared vocabulary; logp_teacher_NK: log p at them;
     reverse_kl_N, teacher_entropy_N: nats; logp_teacher_N: log p of the rollout token. float32.

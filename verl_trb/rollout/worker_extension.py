@@ -95,9 +95,12 @@ class BlendedWorkerExtension(vLLMColocateWorkerExtension):
         """The sums of `RolloutStatistics` since the last call."""
         return self.rollout_statistics.take()
 
-    def take_kept(self, name: str) -> torch.Tensor | None:
-        """What was verified of the tokens of the request that asked to keep it under this name (see `Kept`)."""
-        return self.kept.take(name)
+    def take_kept(self, name: str) -> bytes:
+        """What was verified of the tokens of the request that asked to keep it under this name (see `Kept`): float32,
+        token after token. Bytes, because vLLM would send a tensor as the parts it is made of.
+        """
+        kept = self.kept.take(name)
+        return b"" if kept is None else kept.numpy().tobytes()
 
     def begin_traces(self) -> None:
         """Before traced requests: remember the random generators."""

@@ -123,6 +123,19 @@ class DistillationTrainer(CheckpointingTrainer):
         # verl asks at every step: only a policy gradient needs the student's log-probabilities before the update.
         self.config.algorithm.rollout_correction.bypass_mode = not self.objective.policy_gradient
 
+    def step(self, metrics: dict, timing_raw: dict) -> Any:
+        try:
+            return super().step(metrics, timing_raw)
+        except (RunError, ray.exceptions.RayError):
+            raise
+        except Exception:
+            self._take_failures(self._rollouts)  # says why, where verl has no rollouts to train on
+            raise
+
+    @property
+    def _rollouts(self) -> int:
+        return self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
+
     def prepare_step(self) -> dict:
         with marked_timer("submit", self.timing_raw):
             return super().prepare_step()
@@ -130,7 +143,7 @@ class DistillationTrainer(CheckpointingTrainer):
     def on_sample_end(self) -> None:
         self.now(f"the training of step {self.global_steps}")
         asked = self._ask_rollout_sums()
-        failed = self._take_failures(self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n)
+        failed = self._take_failures(self._rollouts)
         sums = merge(ray.get(asked))
         if bad := [name for name in ("student", "teacher") if sums.get(f"{name}_nan")]:
             count, whose = sum(int(sums[f"{name}_nan"]) for name in bad), " and the ".join(bad)

@@ -31,9 +31,25 @@ class Server:
 
 
 def test_answers_come_as_they_end_and_errors_alone():
-    async def run():
-        requests = [{"value": value, "seconds": value / 100} for value in (13, 3, 0, 3)]
-        return [answers async for answers in answer_group(Server().generate, requests)]
+    """Whose turn it is decides which requests end together, not the clock."""
+
+    async def run() -> list[Answers]:
+        turns = [asyncio.Event() for _ in range(3)]
+
+        async def generate(value: int, turn: int) -> int:
+            await turns[turn].wait()
+            if value == 13:
+                raise ValueError("unlucky")
+            return value * value
+
+        requests = [{"value": value, "turn": turn} for value, turn in ((13, 2), (3, 1), (0, 0), (3, 1))]
+        turns[0].set()
+        rounds: list[Answers] = []
+        async for answers in answer_group(generate, requests):
+            rounds.append(answers)
+            if len(rounds) < len(turns):
+                turns[len(rounds)].set()
+        return rounds
 
     rounds = asyncio.run(run())
     assert rounds[0] == [(2, 0)] and dict(rounds[1]) == {1: 9, 3: 9}

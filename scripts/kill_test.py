@@ -28,6 +28,7 @@ import psutil
 from verl_trb import session
 from verl_trb.checkpoints import find
 from verl_trb.report import read_metrics
+from verl_trb.run_folder import exported
 
 STEPS = 12
 ACTIVITIES = {
@@ -173,7 +174,7 @@ def main() -> int:
     os.environ.setdefault("RAY_worker_niceness", "0")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with session.session([*SETTINGS, *overrides], folder / "template.log"), nothing_left():
-        if not finished(untouched) and start(untouched, overrides).wait():
+        if not exported(untouched) and start(untouched, overrides).wait():
             raise SystemExit(f"the untouched run failed: {untouched.with_suffix('.out')}")
         kills = killed_runs(folder, overrides, arguments.kills, until)
         real = [kill for kill in kills if kill["doing"]]
@@ -181,7 +182,7 @@ def main() -> int:
             print(f"{len(real)} of {arguments.kills} kills so far; the same command goes on")
             return 3
         last = folder / f"killed_{kills[-1]['round'] if kills else 0}"
-        if last.exists() and not finished(last) and start(last, overrides).wait():
+        if last.exists() and not exported(last) and start(last, overrides).wait():
             raise SystemExit(f"the last resumed run failed: {last.with_suffix('.out')}")
     by = Counter(
         next((name for name, word in ACTIVITIES.items() if kill["doing"].startswith(word)), "other") for kill in real
@@ -189,15 +190,11 @@ def main() -> int:
     halves = sum(bool(kill["half_written"]) for kill in real)
     print(f"{len(real)} kills: {dict(by)}; {halves} left a half-written checkpoint, none was loaded")
     wrong = 0
-    for run in filter(finished, sorted(folder.glob("killed_*/"))):
+    for run in filter(exported, sorted(folder.glob("killed_*/"))):
         found = differences(untouched, run)
         wrong += bool(found)
         print(f"{run.name}: {'every metric equals the untouched run' if not found else found[:5]}")
     return 1 if wrong else 0
-
-
-def finished(run_dir: Path) -> bool:
-    return (run_dir / "student" / "config.json").exists()
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from verl_trb.planning.devices import GPUS
 from verl_trb.planning.roofline import pass_seconds, tokens_per_block, training_flops
 from verl_trb.planning.scaling import Costs, Step, fit, mean_step, response_lengths, step
 from verl_trb.planning.shapes import KNOWN
+from verl_trb.run_folder import exported
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = ROOT / "docs" / "scaling.json"
@@ -73,7 +74,7 @@ def measure(folder: Path, cache: str) -> None:
             "trb.run_dir": run,
             **({"trb.cache_dir": cache} if cache else {}),
         }
-        if not (run / "student" / "config.json").exists():
+        if not exported(run):
             command = [sys.executable, "-m", "verl_trb.main", "recipe=quickstart"]
             subprocess.run([*command, *(f"{key}={value}" for key, value in settings.items())], check=True)
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -20,7 +20,7 @@ from verl_trb.comparison import Curve, Row, area, common_steps, compare, estimat
 from verl_trb.display import duration
 from verl_trb.errors import UserError
 from verl_trb.report import COLORS, points, read_metrics
-from verl_trb.run_folder import STUDENT
+from verl_trb.run_folder import exported
 from verl_trb.session import INTERRUPTED, run_each, session
 
 Curves = dict[str, dict[int, Curve]]
@@ -34,7 +34,7 @@ def run_arms(
     Returns the names of those that failed.
     """
     runs = [(arm, seed) for seed in seeds for arm in arms]
-    todo = [run for run in runs if not _finished(_folder(out, *run))]
+    todo = [run for run in runs if not exported(_folder(out, *run))]
     if len(todo) < len(runs):
         print(f"{len(runs) - len(todo)} of {len(runs)} runs are finished", flush=True)
     if not todo:
@@ -63,16 +63,12 @@ def _folder(out: Path, arm: str, seed: int) -> Path:
     return out / arm / f"seed-{seed}"
 
 
-def _finished(folder: Path) -> bool:
-    return (folder / STUDENT / "config.json").exists()
-
-
 def read_curves(out: Path, arms: Sequence[str], metric: str) -> Curves:
     """arm -> seed -> curve of `metric`, of the finished runs. Raises UserError for a metric that a run lacks."""
     curves: Curves = {arm: {} for arm in arms}
     for arm in arms:
         for folder in sorted((out / arm).glob("seed-*")):
-            if not _finished(folder):
+            if not exported(folder):
                 continue
             metrics = read_metrics(folder)
             curve = {point.step: point.value for point in points(metrics, metric)}

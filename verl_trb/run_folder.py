@@ -41,6 +41,11 @@ def last_checkpoint(run_dir: Path) -> int | None:
     return find(run_dir / "checkpoints").step or None
 
 
+def exported(run_dir: Path) -> bool:
+    """The trained student is there: the last thing a run writes."""
+    return (run_dir / STUDENT / "config.json").is_file()
+
+
 def open_run(config: DictConfig) -> State:
     """Decide what the command means for its run folder, and write config.yaml for a new or continued run.
 
@@ -59,7 +64,7 @@ def open_run(config: DictConfig) -> State:
         _refuse_other_settings(run_dir, OmegaConf.load(earlier), config)
         total = config.trainer.total_training_steps
         done = last_checkpoint(run_dir) or 0
-        finished = total is not None and done >= total and (run_dir / STUDENT / "config.json").exists()
+        finished = total is not None and done >= total and exported(run_dir)
         state = State.FINISHED if finished else State.UNFINISHED
     if state is not State.FINISHED:
         run_dir.mkdir(parents=True, exist_ok=True)

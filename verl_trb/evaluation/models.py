@@ -18,7 +18,7 @@ from typing import Any
 
 from verl_trb.errors import UserError
 from verl_trb.model_files import WEIGHTS, find_model, is_hub_name
-from verl_trb.run_folder import CONFIG, STUDENT, last_checkpoint
+from verl_trb.run_folder import CONFIG, STUDENT, exported, last_checkpoint
 from verl_trb.tasks.prepare import Progress, make_once
 
 STEP = re.compile(r"global_step_(\d+)")
@@ -164,7 +164,7 @@ def _find(path: str) -> list[Candidate]:
 def _run(run: Path) -> list[Candidate]:
     steps = _steps(run / "checkpoints")
     if not steps:
-        student = f"; its student is {run / STUDENT}" if (run / STUDENT / "config.json").is_file() else ""
+        student = f"; its student is {run / STUDENT}" if exported(run) else ""
         raise UserError(f"The run {run} has no checkpoint{student}.")
     found = [_checkpoint(step / "actor") for step in steps]
     start = _start(run)

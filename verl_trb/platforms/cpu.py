@@ -4,6 +4,7 @@ verl and Ray count "GPU"s; here they are logical ones (`ray.init(num_gpus=N)`), 
 either the CPU's or a no-op. Nothing in this file takes effect on a machine where verl finds an accelerator.
 """
 
+import ctypes
 import importlib.metadata
 import sys
 from contextlib import contextmanager
@@ -23,6 +24,13 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     return None
 
 
+def _return_freed_memory() -> None:
+    """glibc keeps freed blocks for later, hundreds of MiB after an update; here the rollout engine gets them instead."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # not in musl
+        libc.malloc_trim(0)
+
+
 def _device_module() -> ModuleType:
     """`torch.cpu`, completed by the calls that verl makes on `torch.cuda`. Memory figures are this process's."""
     module = ModuleType("verl_trb.platforms.cpu.device")
@@ -35,7 +43,8 @@ def _device_module() -> ModuleType:
         memory = psutil.virtual_memory()
         return memory.available, memory.total
 
-    for name in ("empty_cache", "ipc_collect", "reset_peak_memory_stats", "set_rng_state", "manual_seed_all"):
+    module.__dict__["empty_cache"] = _return_freed_memory
+    for name in ("ipc_collect", "reset_peak_memory_stats", "set_rng_state", "manual_seed_all"):
         module.__dict__[name] = _nothing
     for name in ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"):
         module.__dict__[name] = resident_bytes

@@ -7,6 +7,7 @@ target model is the teacher, which never changes, and the draft model is the stu
 from typing import Any
 
 import torch
+from verl.utils.device import get_torch_device
 from verl.workers.rollout.vllm_rollout.utils import monkey_patch_compute_logits, vLLMColocateWorkerExtension
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
@@ -134,6 +135,7 @@ class BlendedWorkerExtension(vLLMColocateWorkerExtension):
             super().update_weights_from_ipc(*args, **kwargs)
             finalize_layerwise_reload(model, self._get_draft_model_config())
             repack_tied_head(model)
+        get_torch_device().empty_cache()
 
     def _update_weights(self, weights: list[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any) -> None:
         rows = self._get_draft_model_config().get_vocab_size()

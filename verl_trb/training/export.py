@@ -26,7 +26,11 @@ def save_student(
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.save_pretrained(target, state_dict={name: value.to(dtype) for name, value in state.items()})
+    # A tied output layer is written once: shards put together again no longer share their memory, which would say so.
+    own = dict(model.named_parameters())
+    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - own.keys()
+    weights = {name: value.to(dtype) for name, value in state.items() if name not in tied}
+    model.save_pretrained(target, state_dict=weights)
     tokenizer.save_pretrained(target)
     if generation is not None:
         generation.save_pretrained(target)

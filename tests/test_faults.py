@@ -129,14 +129,30 @@ import time
 
 def hangs(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
     time.sleep(100_000)
+
+def hangs_for_some(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    return hangs(data_source, solution_str, ground_truth) if ground_truth[1] in "01" else 1.0
 """
 
 
-def test_a_reward_function_that_hangs(tmp_path, cache):
+def test_a_reward_function_that_hangs_for_some(tmp_path, cache):
+    """Its rollouts are left out and counted, and the run goes on."""
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    where = f"reward.custom_reward_function.path={tmp_path}/rewards.py"
+    name = "reward.custom_reward_function.name=hangs_for_some"
+    run = Run(tmp_path / "run", cache, 2, where, name, "trb.reward_seconds=2")
+    assert run.end() == 0
+    assert "took longer than 2 s (trb.reward_seconds)" in " ".join(run.screen.split())
+    steps = [line for line in read_metrics(run.run_dir) if line["step"] > 0]
+    assert [line["step"] for line in steps] == [1, 2]
+    assert all(line["trb/failed_rollouts"] > 0 and line["reward/mean"] == 1 for line in steps)
+
+
+def test_a_reward_function_that_hangs_without_a_limit(tmp_path, cache):
     """There is no checkpoint yet, so nothing to go on from: it stops, and says who waits for what."""
     (tmp_path / "rewards.py").write_text(REWARDS)
     function = [f"reward.custom_reward_function.path={tmp_path}/rewards.py", "reward.custom_reward_function.name=hangs"]
-    run = Run(tmp_path / "run", cache, 2, *function, "trb.stall_seconds=150")
+    run = Run(tmp_path / "run", cache, 2, *function, "trb.stall_seconds=150", "trb.reward_seconds=null")
     assert run.end() == 1
     last = " ".join(run.screen.split())
     assert "nothing has moved for 150 s (trb.stall_seconds)" in last

@@ -215,10 +215,11 @@ def test_the_paper_s_sweeps():
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_every_method_goes_with_every_recipe(recipe: str, tmp_path: Path):
+    plain = compose(f"recipe={recipe}")
     for method in names(METHOD):
         config = compose(f"recipe={recipe}", f"method={method}", f"trb.cache_dir={tmp_path}")
         check_guidance(config.trb)
-        assert config.trb.teacher.path == compose(f"recipe={recipe}").trb.teacher.path
+        assert config.trb.teacher.path == plain.trb.teacher.path
 
 
 def test_a_method_is_part_of_the_dry_run(tmp_path: Path):

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from verl_trb.rewards import sandbox
 from verl_trb.rewards.answers import final_answer, last_boxed, tidy
 from verl_trb.rewards.math import compute_score, judge, verifies_itself
-from verl_trb.rewards.sandbox import Limits, Pool
+from verl_trb.rewards.sandbox import Limits, Outcome, Pool
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = Limits(seconds=1.0)
@@ -203,9 +203,12 @@ def test_the_time_limit_is_what_ends_a_tower_of_powers():
     assert time.monotonic() - start >= QUICK.seconds
 
 
+RIGHT = Outcome(verdict=True)
+
+
 @pytest.fixture
 def pool() -> Iterator[Pool]:
-    pool = Pool("math", memory_mb=256, workers=1)
+    pool = Pool(("math",), memory_mb=256, workers=1)
     yield pool
     pool.close()
 
@@ -217,7 +220,7 @@ def the_keeper(pool: Pool) -> psutil.Process:
 
 
 def test_the_judge_has_limits_on_memory_and_files(pool: Pool):
-    assert pool.ask({"gold": "1", "answer": "1.0"}, 20.0) == "right"
+    assert pool.ask({"gold": "1", "answer": "1.0"}, 20.0) == RIGHT
     (judge_process,) = the_keeper(pool).children()
     lines = Path(f"/proc/{judge_process.pid}/limits").read_text().splitlines()
     limits = {line[:26].strip(): line[26:].split()[0] for line in lines[1:]}
@@ -229,24 +232,24 @@ def test_the_judge_has_limits_on_memory_and_files(pool: Pool):
 
 def test_more_memory_than_allowed_is_a_wrong_answer(pool: Pool):
     # 2^34 bits are 2 GiB.
-    assert pool.ask({"gold": "1", "answer": "2^{2^{34}}"}, 20.0) in ("wrong", "died")
-    assert pool.ask({"gold": "1", "answer": "1.0"}, 20.0) == "right"
+    outcome = pool.ask({"gold": "1", "answer": "2^{2^{34}}"}, 20.0)
+    assert outcome.verdict is not True and outcome.failed in ("", "raised", "died")
+    assert pool.ask({"gold": "1", "answer": "1.0"}, 20.0) == RIGHT
 
 
 def test_a_killed_judge_and_a_killed_keeper_are_replaced(pool: Pool):
-    assert pool.ask({"gold": "1", "answer": "1.0"}, 20.0) == "right"
+    assert pool.ask({"gold": "1", "answer": "1.0"}, 20.0) == RIGHT
     the_keeper(pool).children()[0].kill()
-    assert pool.ask({"gold": "1", "answer": "1.0"}, 20.0) in ("right", "died")
-    assert pool.ask({"gold": "1", "answer": "1.0"}, 20.0) == "right"
+    assert pool.ask({"gold": "1", "answer": "1.0"}, 20.0) in (RIGHT, Outcome(failed="died"))
+    assert pool.ask({"gold": "1", "answer": "1.0"}, 20.0) == RIGHT
     the_keeper(pool).kill()
-    assert pool.ask({"gold": "1", "answer": "1.0"}, 20.0) == "died"
-    assert pool.ask({"gold": "1", "answer": "1.0"}, 20.0) == "right"
+    assert pool.ask({"gold": "1", "answer": "1.0"}, 20.0) == Outcome(failed="died")
+    assert pool.ask({"gold": "1", "answer": "1.0"}, 20.0) == RIGHT
 
 
-def test_a_judge_that_cannot_start_says_so(capfd: pytest.CaptureFixture[str]):
-    with pytest.raises(sandbox.KeeperDied):
-        Pool("no such kind", memory_mb=256, workers=1).ask({}, 1.0)
-    assert "KeyError" in capfd.readouterr().err
+def test_a_judge_that_cannot_start_says_so():
+    with pytest.raises(sandbox.KeeperDied, match="KeyError: 'no such kind'"):
+        Pool(("no such kind",), memory_mb=256, workers=1).ask({}, 1.0)
 
 
 def test_nothing_is_left_when_a_run_is_killed(tmp_path: Path):
@@ -254,8 +257,8 @@ def test_nothing_is_left_when_a_run_is_killed(tmp_path: Path):
 import os, sys, threading
 from verl_trb.rewards.sandbox import Limits, ask, _pool
 limits = Limits(seconds=3.0)
-assert ask("math", {"gold": "1", "answer": "1.0"}, limits) == "right"
-print(_pool("math", limits.memory_mb, limits.workers, os.getpid()).free.queue[-1].process.pid, flush=True)
+assert ask("math", {"gold": "1", "answer": "1.0"}, limits).verdict is True
+print(_pool(("math",), limits.memory_mb, limits.workers, os.getpid()).free.queue[-1].process.pid, flush=True)
 ask("math", {"gold": "1", "answer": "9^{9^{9^9}}"}, limits)
 """
     run = subprocess.Popen(

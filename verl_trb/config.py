@@ -101,6 +101,9 @@ class TrbConfig:
       seed of its own. Slow, for finding faults.
     stall_seconds: a run in which nothing moves for so long is stopped, > 0: longer than the longest rollout, or than
       loading the models takes.
+    reward_seconds: what a reward function of your own may take for one rollout, > 0; null calls it inside verl's
+      worker, without limits.
+    reward_memory_mb: MiB it may need beside its imports, >= 1.
     max_restarts: how often a run goes on by itself from its last checkpoint when a process has died or hangs, >= 0.
     warn: thresholds of warnings about a step's numbers.
     prepare: a task whose models and data are made at first use and cached; null uses what the paths name.
@@ -137,6 +140,8 @@ class TrbConfig:
     seed: int = 0
     deterministic: bool = False
     stall_seconds: float = 1800.0
+    reward_seconds: float | None = 60.0
+    reward_memory_mb: int = 4096
     max_restarts: int = 2
     warn: WarnConfig = field(default_factory=WarnConfig)
     prepare: str | None = None
@@ -155,7 +160,10 @@ class TrbConfig:
                 raise ConfigError(f"trb.{name} must be >= 0, got {getattr(self, name)}.")
         if not self.stall_seconds > 0:
             raise ConfigError(f"trb.stall_seconds must be > 0 (seconds), got {self.stall_seconds}.")
+        if self.reward_seconds is not None and not self.reward_seconds > 0:
+            raise ConfigError(f"trb.reward_seconds must be > 0 (seconds) or null, got {self.reward_seconds}.")
         at_least_one = {
+            "reward_memory_mb": "MiB that a reward function may need",
             "warmup_steps": "steps until rollouts are the student's own; trb.epsilon=0 gives none at all",
             "draft_tokens": "tokens drafted before the teacher reads them",
             "topk": "tokens of the top-k loss",

@@ -20,6 +20,7 @@ from verl_trb.data_files import check_lengths, check_responses, check_rows, chec
 from verl_trb.errors import UserError
 from verl_trb.model_files import Model, find_model
 from verl_trb.ray_address import cluster_address, cluster_record, recorded_cluster
+from verl_trb.rewards.function import check_reward_function
 from verl_trb.setting_checks import (
     ROLLOUT,
     check_batches,
@@ -273,6 +274,7 @@ CHECKS: tuple[Callable[[DictConfig], None], ...] = (
     check_tokenizers,
     check_training_data,
     check_validation_data,
+    check_reward_function,
     check_memory,
     check_disk,
     check_weight_bucket,

@@ -26,7 +26,7 @@ RELATIVES = 3  # more curves are hard to tell apart
 FREE = ("trainer.total_training_steps", "trainer.total_epochs", "trainer.logger", "trainer.save_freq",
         "trainer.test_freq", "trainer.resume_mode", "trainer.max_actor_ckpt_to_keep", "trainer.val_before_train",
         "ray_kwargs", "dry_run", "trb.cache_dir", "trb.run_dir", "trb.prefork", "trb.sample_prompts",
-        "trb.stall_seconds", "trb.max_restarts", "trb.warn",
+        "trb.stall_seconds", "trb.max_restarts", "trb.warn", "trb.reward_seconds", "trb.reward_memory_mb",
         "actor_rollout_ref.actor.optim.total_training_steps", "actor_rollout_ref.rollout.custom")  # fmt: skip
 
 

@@ -24,6 +24,9 @@ CHUNK_ROUNDED = 1.6  # more with 16-bit passes, for the exact loss: logits as th
 # Tensors [rows, V] in float32 per drafted row in the sampler: the student's probabilities as vLLM keeps them and their
 # logarithm, the teacher's logits and log-probabilities, log mu, and one that the solver works in.
 SAMPLER_TENSORS = 6.0
+# What glibc's arenas hold on a CPU beyond the tensors of the loss phase, as a share of them: found with
+# scripts/check_plan.py on its two smaller sizes (docs/planning.md has all three).
+HOST_SLACK = 0.3
 
 
 @dataclass(frozen=True)
@@ -119,13 +122,17 @@ def engine(job: Job) -> Parts:
         "engine: student weights": job.engine * job.student.parameters // job.tensor_parallel,
     }
     if job.host:
-        # vLLM's CPU layers compute with packed copies and free the originals; a tied output layer keeps both.
+        # vLLM's CPU layers compute with packed copies and free the originals, but not the embedding's: it has a packed
+        # copy that nobody uses, and where it is the output layer, too, that one's.
         for name, shape in (("teacher", job.teacher), ("student", job.student)):
-            weights[f"engine: {name} weights"] += job.engine * shape.head if shape.tied else 0
+            weights[f"engine: {name} weights"] += job.engine * shape.head * (2 if shape.tied else 1)
     cache = job.kv_bytes
     if cache is None:
         cache = max(int(job.utilization * job.memory) - sum(weights.values()), 0)
     share = job.student.kv_elements / (job.student.kv_elements + job.teacher.kv_elements)
+    if job.host:
+        # A sync keeps what arrives until a layer is complete, and the layers it makes until they are packed.
+        weights["engine: student in transit"] = job.engine * (2 * job.student.parameters + job.student.head)
     return {
         **weights,
         "engine: teacher KV cache": round(cache * (1 - share)),
@@ -156,12 +163,15 @@ def loss_phase(job: Job) -> Parts:
     gathered = job.compute * (2 * student.layer + student.head)
     gathered += 0 if job.adapters else (job.compute + 4) * student.head
     gathered += job.teacher_bytes * teacher.head
-    return {
+    parts = {
         "gradients": gradients,
         "gathered layers": gathered,
         "logits chunk": logits_chunk(job),
         "activations": activations(job, job.micro_tokens),
     }
+    if job.host:
+        parts["allocator's slack"] = int(HOST_SLACK * sum(parts.values()))
+    return parts
 
 
 def optimizer_phase(job: Job) -> Parts:
@@ -215,5 +225,6 @@ def most_sequences(job: Job, length: float) -> int:
 
 def most_micro_tokens(job: Job) -> int:
     """The largest micro-batch, in tokens, with which the loss phase fits; 0 where nothing does."""
-    fixed = sum(phases(job)["loss"].values()) - activations(job, job.micro_tokens)
-    return max(int((job.memory - fixed) // activations(job, 1)), 0)
+    token = activations(job, 1) * (1 + HOST_SLACK if job.host else 1)
+    fixed = sum(phases(job)["loss"].values()) - token * job.micro_tokens
+    return max(int((job.memory - fixed) // token), 0)

@@ -25,7 +25,7 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 def _return_freed_memory() -> None:
-    """glibc keeps freed blocks for later, hundreds of MiB after an update; here the rollout engine gets them instead."""
+    """glibc keeps freed blocks for later, hundreds of MiB after an update; the rollout engine can use them better."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):  # not in musl
         libc.malloc_trim(0)

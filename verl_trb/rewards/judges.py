@@ -1,8 +1,12 @@
-"""What runs inside the sandbox: one function a kind of answer, from a request to whether the answer is right.
+"""What runs inside the sandbox: one function a kind of request, from what it holds to a verdict (anything of JSON).
 
 Each maker imports what it needs and returns the judge; it is called once, before the sandbox is closed.
 """
 
+import asyncio
+import importlib
+import importlib.util
+import inspect
 import json
 import logging
 import re
@@ -10,7 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 _PERCENT = re.compile(r"\s*\\?%$")
-Judge = Callable[[dict[str, Any]], bool]
+PACKAGE = "pkg://"
+FUNCTION = "function"
+Judge = Callable[[dict[str, Any]], Any]
 
 
 def make_math_judge() -> Judge:
@@ -51,7 +57,32 @@ def make_reasoning_gym_judge() -> Judge:
     return judge
 
 
-MAKERS: dict[str, Callable[[], Judge]] = {"math": make_math_judge, "reasoning_gym": make_reasoning_gym_judge}
+def make_function_judge(path: str, name: str) -> Judge:
+    """A reward function of the user's, from a file or `pkg://MODULE`. A request holds its keyword arguments."""
+    function = getattr(_module(path), name)
+
+    def judge(request: dict[str, Any]) -> Any:
+        score = function(**request["arguments"])
+        return asyncio.run(score) if inspect.iscoroutine(score) else score
+
+    return judge
+
+
+MAKERS: dict[str, Callable[..., Judge]] = {
+    "math": make_math_judge,
+    "reasoning_gym": make_reasoning_gym_judge,
+    FUNCTION: make_function_judge,
+}
+
+
+def _module(path: str) -> Any:
+    if path.startswith(PACKAGE):
+        return importlib.import_module(path.removeprefix(PACKAGE))
+    spec = importlib.util.spec_from_file_location("reward_function", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _boxed(answer: str) -> str:

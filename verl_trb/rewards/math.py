@@ -9,6 +9,7 @@ in the last lines. Rows of reasoning-gym (`data_source` "reasoning_gym/TASK") go
 from typing import Any, NamedTuple
 
 from verl_trb.rewards.answers import final_answer
+from verl_trb.rewards.keeper import DIED, TIME_LIMIT
 from verl_trb.rewards.sandbox import Limits, ask
 
 REASONING_GYM = "reasoning_gym/"
@@ -75,12 +76,12 @@ def judge(
 
 def verifies_itself(gold: str, limits: Limits = Limits()) -> bool:  # noqa: B008 - immutable
     """Whether math-verify can parse a gold answer and finds it equal to itself, not only the same text."""
-    return ask("math", {"gold": gold, "answer": gold, "parsed": True}, limits) == "right"
+    return ask("math", {"gold": gold, "answer": gold, "parsed": True}, limits).verdict is True
 
 
 def same_answer(gold: str, answer: str, limits: Limits = Limits()) -> bool:  # noqa: B008 - immutable
     """Whether math-verify finds two answers equal."""
-    return ask("math", {"gold": gold, "answer": answer}, limits) == "right"
+    return ask("math", {"gold": gold, "answer": answer}, limits).verdict is True
 
 
 def _verdict(answer: str, ask_for: tuple[str, dict[str, Any]], limits: Limits) -> Verdict:
@@ -88,5 +89,6 @@ def _verdict(answer: str, ask_for: tuple[str, dict[str, Any]], limits: Limits) -
         return Verdict(0.0, "no answer")
     if len(answer) > MAX_ANSWER:
         return Verdict(0.0, "too long")
-    why = ask(*ask_for, limits)
+    outcome = ask(*ask_for, limits)
+    why = outcome.failed if outcome.failed in (TIME_LIMIT, DIED) else "right" if outcome.verdict is True else "wrong"
     return Verdict(float(why == "right"), why)

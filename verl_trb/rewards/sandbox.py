@@ -1,6 +1,6 @@
-"""Answers are judged in processes of their own, with limits on time and memory: no string can hang or kill a run.
+"""Rewards are found in processes of their own, with limits on time and memory: no string can hang or kill a run.
 
-`ask(kind, request, limits)` may be called from any thread (verl calls reward functions from a thread pool, where
+`ask(judge, request, limits)` may be called from any thread (verl calls reward functions from a thread pool, where
 math-verify's own time limits, made of signals, do not work).
 """
 
@@ -34,6 +34,14 @@ class Limits(NamedTuple):
     workers: int = 2
 
 
+class Outcome(NamedTuple):
+    """What a judge returned; or how it failed: "time limit", "died" (out of memory, or crashed), "raised" and what."""
+
+    verdict: Any = None
+    failed: str = ""
+    error: str = ""
+
+
 class KeeperDied(RuntimeError):
     """A keeper ended or did not answer."""
 
@@ -41,29 +49,33 @@ class KeeperDied(RuntimeError):
 class Keeper:
     """The other end of keeper.py: a subprocess that outlives the answers it is asked about."""
 
-    def __init__(self, kind: str, memory_mb: int):
+    def __init__(self, judge: tuple[str, ...], memory_mb: int):
         self.process = subprocess.Popen(
-            [sys.executable, "-c", START, json.dumps(sys.path), kind, str(memory_mb)],
+            [sys.executable, "-c", START, json.dumps(sys.path), str(memory_mb), *judge],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             start_new_session=True,  # Ctrl-C is the run's business
         )
-        if self._read(START_SECONDS) != "ready":
+        try:
+            answer = self._read(START_SECONDS)
+        except KeeperDied:
+            answer = {"error": "its error is printed above"}
+        if answer != "ready":
             self.close()
-            raise KeeperDied(f"The process that judges {kind} answers did not start; its error is printed above.")
+            raise KeeperDied(f"The process that judges ({' '.join(judge)}) did not start: {answer['error']}.")
 
-    def ask(self, request: dict[str, Any], seconds: float) -> str:
-        """ "right", "wrong", "time limit" or "died". Raises KeeperDied when the keeper itself fails."""
+    def ask(self, request: dict[str, Any], seconds: float) -> Outcome:
+        """Raises KeeperDied when the keeper itself fails."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps({**request, "seconds": seconds}).encode() + b"\n")
             self.process.stdin.flush()
         except OSError as error:
             raise KeeperDied(str(error)) from None
-        return self._read(seconds + SPARE_SECONDS)
+        return Outcome(**self._read(seconds + SPARE_SECONDS))
 
-    def _read(self, seconds: float) -> str:
+    def _read(self, seconds: float) -> Any:
         stdout = self.process.stdout
         assert stdout is not None
         # One line answers one request, so nothing waits in Python's buffer when select looks at the pipe.
@@ -72,7 +84,7 @@ class Keeper:
         line = stdout.readline() if poller.poll(seconds * 1000) else b""
         if not line:
             raise KeeperDied("no answer")
-        return line.decode().strip()
+        return json.loads(line)
 
     def close(self) -> None:
         """Ends the keeper and its judge."""
@@ -90,27 +102,27 @@ class Keeper:
 
 
 class Pool:
-    """Keepers of one kind, started when they are needed."""
+    """Keepers of one judge, started when they are needed."""
 
-    def __init__(self, kind: str, memory_mb: int, workers: int):
-        self.kind, self.memory_mb = kind, memory_mb
+    def __init__(self, judge: tuple[str, ...], memory_mb: int, workers: int):
+        self.judge, self.memory_mb = judge, memory_mb
         # The last one used first: a second keeper starts only when two answers come at a time.
         self.free: queue.LifoQueue[Keeper | None] = queue.LifoQueue()
         for _ in range(workers):
             self.free.put(None)
 
-    def ask(self, request: dict[str, Any], seconds: float) -> str:
+    def ask(self, request: dict[str, Any], seconds: float) -> Outcome:
         keeper = self.free.get()
         try:
             if keeper is None:
-                keeper = Keeper(self.kind, self.memory_mb)
+                keeper = Keeper(self.judge, self.memory_mb)
             return keeper.ask(request, seconds)
         except KeeperDied:
             if keeper is None:  # it cannot start: every other answer would fail too
                 raise
             keeper.close()
             keeper = None
-            return "died"
+            return Outcome(failed="died")
         finally:
             self.free.put(keeper)
 
@@ -126,16 +138,17 @@ class Pool:
 _starting = threading.Lock()
 
 
-def ask(kind: str, request: dict[str, Any], limits: Limits) -> str:
-    """The verdict on one answer: "right", "wrong", "time limit" or "died" (out of memory, or crashed).
+def ask(judge: str | tuple[str, ...], request: dict[str, Any], limits: Limits) -> Outcome:
+    """What one judge says of one request.
 
-    kind: of judges.MAKERS, which says what `request` holds. Raises KeeperDied if no judge can be started.
+    judge: of judges.MAKERS, which says what `request` holds; with its maker's arguments, if it takes any.
+    Raises KeeperDied if no judge can be started.
     """
     with _starting:
-        pool = _pool(kind, limits.memory_mb, limits.workers, os.getpid())
+        pool = _pool((judge,) if isinstance(judge, str) else judge, limits.memory_mb, limits.workers, os.getpid())
     return pool.ask(request, limits.seconds)
 
 
 @cache
-def _pool(kind: str, memory_mb: int, workers: int, pid: int) -> Pool:
-    return Pool(kind, memory_mb, workers)  # pid: a forked process must not share its parent's pipes
+def _pool(judge: tuple[str, ...], memory_mb: int, workers: int, pid: int) -> Pool:
+    return Pool(judge, memory_mb, workers)  # pid: a forked process must not share its parent's pipes

@@ -31,6 +31,7 @@ class DistillationTaskRunner:
         from verl.utils.logging_utils import configure_verl_logging
 
         from verl_trb.faults import explain
+        from verl_trb.rewards.function import limit
         from verl_trb.training.agent_loop import DistillationAgentLoopManager
         from verl_trb.training.trainer import DistillationTrainer
 
@@ -39,6 +40,7 @@ class DistillationTaskRunner:
         os.environ.setdefault("TENSORBOARD_DIR", f"{config.trb.run_dir}/tensorboard")
         os.environ.setdefault("WANDB_DIR", config.trb.run_dir)
         config = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+        limit(config)
         config.transfer_queue.enable = True
         tq.init(config.transfer_queue)
         trainer: Any = None

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from verl_trb.tasks import table_walk
-from verl_trb.tasks.prepare import TASKS, Prepared, prepare
+from verl_trb.tasks.prepare import TASKS, Prepared, folder_of, prepare, settings_of
 from verl_trb.tasks.table_walk import Defects, make_target
 from verl_trb.tasks.toy import Sft
 from verl_trb.tasks.toy_models import make_tokenizer, vocabulary
@@ -263,3 +263,45 @@ def test_the_real_pair_is_a_good_teacher_and_a_babbling_student(tmp_path: Path) 
     accuracy = {line.split(":")[0]: float(line.split()[2].rstrip("%")) for line in lines if ": accuracy" in line}
     assert accuracy["teacher"] >= 90.0
     assert 2.0 <= accuracy["student"] <= 12.0
+
+
+def test_parameters_replace_fields_of_the_settings(tmp_path: Path):
+    plain = settings_of("guess_work_check", seed=3)
+    params = {"student_sft": {"defects": {"junk": 1, "flip_rates": [0, 1]}, "steps": 20}, "num_val": 9}
+    changed = settings_of("guess_work_check", 3, params)
+    defects = replace(plain.student_sft.defects, junk=1.0, flip_rates=(0.0, 1.0))
+    assert changed == replace(plain, num_val=9, student_sft=replace(plain.student_sft, steps=20, defects=defects))
+    assert settings_of("guess_work_check", 3, {}) == plain
+    assert folder_of("guess_work_check", tmp_path, changed) != folder_of("guess_work_check", tmp_path, plain)
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ({"student_stf": {}}, "trb.prepare_params has no 'student_stf'; did you mean 'student_sft'"),
+        ({"student_sft": {"defects": {"jnk": 1}}}, "trb.prepare_params.student_sft.defects has no 'jnk'; did you mean"),
+        ({"student_sft": {"steps": 1.5}}, "trb.prepare_params.student_sft.steps must be like 450, got 1.5."),
+        ({"student_sft": 3}, "trb.prepare_params.student_sft must be like Sft("),
+        ({"student_sft": {"defects": {"flip_rates": [1]}}}, "flip_rates must be like (0.5, 0.5), got [1]."),
+    ],
+)
+def test_parameters_that_a_task_does_not_have(params: dict, said: str):
+    with pytest.raises(ValueError) as refused:
+        settings_of("guess_work_check", 0, params)
+    assert said in str(refused.value)
+
+
+def test_a_dry_run_makes_nothing(tmp_path: Path):
+    """Not even a variant of a task that is there."""
+    import io
+
+    from verl_trb import composition, dry_run
+
+    prepare("table_walk", tmp_path, settings=TINY)
+    before = sorted(tmp_path.iterdir())
+    screen = io.StringIO()
+    params = "+trb.prepare_params.student_sft.steps=3"
+    arguments = ["recipe=quickstart", f"trb.cache_dir={tmp_path}", params, "dry_run=true"]
+    assert composition.run(lambda config: dry_run.show(config, screen), arguments) == 0
+    assert "models and data of table_walk: made at first use" in screen.getvalue()
+    assert sorted(tmp_path.iterdir()) == before

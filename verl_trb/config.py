@@ -107,6 +107,7 @@ class TrbConfig:
     max_restarts: how often a run goes on by itself from its last checkpoint when a process has died or hangs, >= 0.
     warn: thresholds of warnings about a step's numbers.
     prepare: a task whose models and data are made at first use and cached; null uses what the paths name.
+    prepare_params: fields of that task's settings that are to be different, nested as they are there.
     cache_dir: folder of what `prepare` makes.
     prefork: start Ray's workers as forks of one process that has imported everything, for recipes on one CPU machine.
     run_dir: folder of this run's results; null is runs/<recipe>[-<policy>].
@@ -145,6 +146,7 @@ class TrbConfig:
     max_restarts: int = 2
     warn: WarnConfig = field(default_factory=WarnConfig)
     prepare: str | None = None
+    prepare_params: dict[str, Any] = field(default_factory=dict)
     cache_dir: str = "~/.cache/verl_trb"
     prefork: bool = False
     run_dir: str | None = None

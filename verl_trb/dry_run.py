@@ -57,14 +57,11 @@ def fill_in_prepared(config: DictConfig) -> list[str]:
     task = config.trb.prepare
     if not task:
         return []
-    from verl_trb.tasks.prepare import TASKS
+    from verl_trb.main import prepare, task_settings
+    from verl_trb.tasks.prepare import folder_of
 
-    cache = Path(config.trb.cache_dir).expanduser()
-    made = [path for path in cache.glob(f"{task}-*") if path.suffix == ""] if task in TASKS else []
-    if task in TASKS and not made:
-        return [f"models and data of {task}: made at first use, in {cache}"]
-    from verl_trb.main import prepare
-
+    if not folder_of(task, config.trb.cache_dir, task_settings(config)).exists():
+        return [f"models and data of {task}: made at first use, in {Path(config.trb.cache_dir).expanduser()}"]
     with open_dict(config):
         prepare(config, lambda line: None)
     return []

@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from rich.text import Text
 
@@ -119,8 +119,9 @@ def prepare(config: DictConfig, progress: Callable[[str], None]) -> None:
     """Makes (or finds) the models and data of task trb.prepare, and fills in the paths that are null."""
     from verl_trb.tasks.prepare import prepare as prepare_task
 
+    trb = config.trb
     try:
-        made = prepare_task(config.trb.prepare, config.trb.cache_dir, progress, seed=config.trb.seed)
+        made = prepare_task(trb.prepare, trb.cache_dir, progress, task_settings(config))
     except (ValueError, RuntimeError) as error:
         raise UserError(str(error)) from error
     with open_dict(config):
@@ -128,6 +129,17 @@ def prepare(config: DictConfig, progress: Callable[[str], None]) -> None:
         config.trb.teacher.path = config.trb.teacher.path or str(made.teacher)
         config.data.train_files = config.data.train_files or str(made.train_file)
         config.data.val_files = config.data.val_files or str(made.val_file)
+
+
+def task_settings(config: DictConfig) -> Any:
+    """The settings of task trb.prepare. Raises UserError for an unknown task or unknown parameters of it."""
+    from verl_trb.tasks.prepare import settings_of
+
+    trb = config.trb
+    try:
+        return settings_of(trb.prepare, trb.seed, OmegaConf.to_container(trb.prepare_params))
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def header(config: DictConfig) -> dict[str, str]:

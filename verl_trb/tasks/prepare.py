@@ -15,7 +15,7 @@ import importlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class Prepared:
 def _toy(name: str) -> tuple[Callable[[int], Any], Callable[[Path, Any, Progress], None]]:
     """Settings and maker of a toy task, the module `name`."""
 
-    def settings_of(seed: int) -> Any:
+    def of_seed(seed: int) -> Any:
         settings = importlib.import_module(f"verl_trb.tasks.{name}").SETTINGS  # every seed has the same teacher
         student_sft = dataclasses.replace(settings.student_sft, seed=settings.student_sft.seed + seed)
         return dataclasses.replace(settings, student_sft=student_sft, data_seed=seed)
@@ -66,7 +66,7 @@ def _toy(name: str) -> tuple[Callable[[int], Any], Callable[[Path, Any, Progress
         }
         (folder / "accuracy.json").write_text(json.dumps(accuracy, indent=1) + "\n")
 
-    return settings_of, make
+    return of_seed, make
 
 
 def _make_smollm2(folder: Path, settings: Any, progress: Progress) -> None:
@@ -97,25 +97,59 @@ def prepare(
 ) -> Prepared:
     """The models and data of task `name`, made under `cache_dir` if they are not there yet.
 
-    `progress` receives short lines while something is made. `seed` varies the data and the student. `settings`
-    replaces the task's own (a dataclass of the task's module). Both are part of the folder's name. Raises
-    ValueError for an unknown name, a `cache_dir` that cannot be written, or a missing package that the task needs.
+    `progress` receives short lines while something is made. `settings` (a dataclass of the task's module) replaces
+    those of `seed`, and is part of the folder's name. Raises ValueError for an unknown name, a `cache_dir` that cannot
+    be written, or a missing package that the task needs.
     """
-    if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, n=3, cutoff=0.4) or sorted(TASKS)
-        raise ValueError(f"trb.prepare: unknown task {name!r}; did you mean {' or '.join(map(repr, near))}?")
-    settings_of, make = TASKS[name]
-    settings = settings_of(seed) if settings is None else settings
-    folder = _folder(Path(cache_dir).expanduser().absolute(), name, [settings])
+    settings = settings_of(name, seed) if settings is None else settings
+    folder = folder_of(name, cache_dir, settings)
     if not folder.exists():
         report = progress or (lambda line: None)
-        make_once(folder, lambda partial: make(partial, settings, report), report)
+        make_once(folder, lambda partial: TASKS[name][1](partial, settings, report), report)
     return Prepared(
         student=folder / "student",
         teacher=folder / "teacher",
         train_file=folder / "train.parquet",
         val_file=folder / "val.parquet",
     )
+
+
+def settings_of(name: str, seed: int = 0, params: Mapping[str, Any] | None = None) -> Any:
+    """A task's own settings: `seed` varies the data and the student, `params` replaces fields, nested as they are.
+
+    Raises ValueError for an unknown task or field, and for a value of another kind.
+    """
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=3, cutoff=0.4) or sorted(TASKS)
+        raise ValueError(f"trb.prepare: unknown task {name!r}; did you mean {' or '.join(map(repr, near))}?")
+    return replaced(TASKS[name][0](seed), params or {})
+
+
+def replaced(settings: Any, params: Mapping[str, Any], key: str = "trb.prepare_params") -> Any:
+    """A dataclass with some of its fields replaced; `key` is what errors call it."""
+    fields = {field.name for field in dataclasses.fields(settings)}
+    new = {}
+    for name, value in params.items():
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=3, cutoff=0.4) or sorted(fields)
+            raise ValueError(f"{key} has no {name!r}; did you mean {' or '.join(map(repr, near))}?")
+        old = getattr(settings, name)
+        if dataclasses.is_dataclass(old) and isinstance(value, Mapping):
+            new[name] = replaced(old, value, f"{key}.{name}")
+        elif isinstance(old, float) and type(value) is int:
+            new[name] = float(value)
+        elif isinstance(old, tuple) and isinstance(value, list | tuple) and len(value) == len(old):
+            new[name] = tuple(map(float, value))
+        elif type(value) is type(old) and not dataclasses.is_dataclass(old):
+            new[name] = value
+        else:
+            raise ValueError(f"{key}.{name} must be like {old!r}, got {value!r}.")
+    return dataclasses.replace(settings, **new)
+
+
+def folder_of(name: str, cache_dir: Path | str, settings: Any) -> Path:
+    """Where `prepare` keeps what these settings make, or would."""
+    return _folder(Path(cache_dir).expanduser().absolute(), name, [settings])
 
 
 def _folder(cache_dir: Path, name: str, settings: list[Any]) -> Path:

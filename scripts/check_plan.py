@@ -42,7 +42,7 @@ def shape(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int
 # Student and teacher; V = 32,000, tied.
 SIZES = {
     "small": (shape(256, 768, 4, 4, 2), shape(512, 1536, 8, 8, 4)),  # 11M <- 42M
-    "medium": (shape(512, 1536, 8, 8, 4), shape(768, 2304, 20, 12, 6)),  # 42M <- 156M
+    "medium": (shape(512, 1536, 8, 8, 4), shape(768, 2304, 20, 12, 6)),  # 42M <- 166M
     "large": (shape(512, 1536, 8, 8, 4), shape(1024, 3072, 24, 16, 8)),  # 42M <- 335M
 }
 STEPS, EPSILON = 3, 0.02

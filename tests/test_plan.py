@@ -169,10 +169,25 @@ def test_the_engine_takes_its_share_and_the_sampler_comes_on_top() -> None:
     assert kv_budget(replace(JOB, kv_bytes=10**9)) == pytest.approx(10**9, abs=1)
 
 
-def test_the_largest_micro_batch_fits_and_one_token_more_does_not() -> None:
-    most = most_micro_tokens(JOB)
+def test_a_cpu_has_packed_copies_a_student_in_transit_and_slack() -> None:
+    on_gpu, on_cpu = replace(JOB, kv_bytes=10**9), replace(JOB, kv_bytes=10**9, host=True)
+    more = {name: size - engine(on_gpu).get(name, 0) for name, size in engine(on_cpu).items()}
+    heads = {"student": 151_936 * 2048, "teacher": 151_936 * 4096}
+    assert STUDENT.tied and not TEACHER.tied  # an embedding packed once more, and where it is the output layer twice
+    assert more.pop("engine: student weights") == 2 * 2 * heads["student"]
+    assert more.pop("engine: teacher weights") == 2 * heads["teacher"]
+    assert more.pop("engine: student in transit") == 2 * (2 * STUDENT.parameters + heads["student"])
+    assert not any(more.values())
+    parts = phases(replace(on_cpu, sleeps=True))["loss"]
+    others = sum(parts[name] for name in ("gradients", "gathered layers", "logits chunk", "activations"))
+    assert parts["allocator's slack"] == int(0.3 * others)
+
+
+@pytest.mark.parametrize("job", [JOB, replace(JOB, host=True, kv_bytes=10**9)], ids=["GPU", "CPU"])
+def test_the_largest_micro_batch_fits_and_one_token_more_does_not(job: Job) -> None:
+    most = most_micro_tokens(job)
     for tokens, fits in ((most, True), (most + 1, False)):
-        assert (sum(phases(replace(JOB, micro_tokens=tokens))["loss"].values()) <= JOB.memory) == fits
+        assert (sum(phases(replace(job, micro_tokens=tokens))["loss"].values()) <= job.memory) == fits
 
 
 def test_checkpointing_keeps_one_number_a_hidden_unit_and_layer() -> None:

@@ -64,6 +64,7 @@ def test_it_gets_and_gives_what_it_would_without_limits(file: Path):
     extra = {"index": 7, "lock": object(), "none": None}
     assert score(file, "details", extra=extra) == {"score": 0.5, "parts": [0, 1], "index": 7, "more": ["index"]}
     assert score(file, "later") == 0.25
+    assert score(f"file://{file}", "later") == 0.25
     assert math.isnan(score(file, "chosen", "nan"))
 
 
@@ -131,6 +132,7 @@ def test_others_are_left_alone(settings: DictConfig):
 def test_it_is_looked_for_before_the_run(file: Path, tmp_path: Path):
     check_reward_function(config(None))
     check_reward_function(config(str(file), "length"))
+    check_reward_function(config(f"file://{file}", "length"))
     check_reward_function(config("pkg://verl_trb.rewards.math"))
     (tmp_path / "text.py").write_text("def (")
     for path, name, said in (

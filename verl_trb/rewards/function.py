@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from verl_trb.errors import UserError
-from verl_trb.rewards.judges import FUNCTION, PACKAGE
+from verl_trb.rewards.judges import FILE, FUNCTION, PACKAGE
 from verl_trb.rewards.keeper import DIED, TIME_LIMIT
 from verl_trb.rewards.sandbox import Limits, ask
 
@@ -89,7 +89,7 @@ def check_reward_function(config: DictConfig) -> None:
     if function.path.startswith(PACKAGE):
         file = _file_of(function.path.removeprefix(PACKAGE))
     else:
-        file = Path(function.path.removeprefix("file://")).expanduser()
+        file = Path(function.path.removeprefix(FILE))
     if file is None or not file.is_file():
         raise UserError(f"{KEY}.path={function.path}: there is no such {'file' if file else 'module'}.")
     try:

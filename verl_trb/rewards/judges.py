@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 _PERCENT = re.compile(r"\s*\\?%$")
-PACKAGE = "pkg://"
+PACKAGE, FILE = "pkg://", "file://"
 FUNCTION = "function"
 Judge = Callable[[dict[str, Any]], Any]
 
@@ -78,7 +78,7 @@ MAKERS: dict[str, Callable[..., Judge]] = {
 def _module(path: str) -> Any:
     if path.startswith(PACKAGE):
         return importlib.import_module(path.removeprefix(PACKAGE))
-    spec = importlib.util.spec_from_file_location("reward_function", path)
+    spec = importlib.util.spec_from_file_location("reward_function", path.removeprefix(FILE))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -87,6 +87,78 @@ ray.shutdown()
     assert "alive: True True" in process.stdout, process.stdout + process.stderr
 
 
+PARENT = """
+import json, multiprocessing, os, signal, sys, time
+sys.path.insert(0, os.getcwd())
+import child
+
+if __name__ == "__main__":
+    multiprocessing.set_executable(os.environ["VERL_TRB_EXECUTABLE"])
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    def start(what):
+        process = context.Process(target=child.work, args=(theirs, what))
+        process.start()
+        return process, ours.recv()
+    facts = {}
+    process, facts["said"] = start("end")
+    process.join()
+    facts["ended"] = process.exitcode
+    for name, stop in (("terminated", lambda p: p.terminate()), ("killed", lambda p: p.kill())):
+        process, (pid, _) = start("wait")
+        stop(process)
+        process.join()
+        facts[name] = process.exitcode
+        deadline = time.time() + 20
+        while os.path.exists(f"/proc/{pid}") and time.time() < deadline:
+            time.sleep(0.05)
+        facts[name + " is gone"] = not os.path.exists(f"/proc/{pid}")
+    process, (pid, _) = start("wait")
+    os.kill(pid, signal.SIGKILL)
+    multiprocessing.connection.wait([process.sentinel], timeout=20)
+    facts["seen to die"] = process.join() or process.exitcode
+    process, (pid, _) = start("wait")
+    facts["orphan"] = pid
+    print(json.dumps(facts), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+CHILD = """
+import os, signal, sys, time
+
+def work(connection, what):
+    if what == "wait":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
+    connection.send((os.getpid(), "torch" in sys.modules))
+    if what == "wait":
+        time.sleep(600)
+    sys.exit(3)
+"""
+
+
+def test_a_process_of_multiprocessing_is_a_fork(py_executable: str, tmp_path: Path):
+    """Its pipes, exit codes and signals are as without a template, and it does not outlive its parent."""
+    (tmp_path / "parent.py").write_text(PARENT)
+    (tmp_path / "child.py").write_text(CHILD)
+    output = tmp_path / "output"
+    command = shlex.split(py_executable)
+    with output.open("w") as file:  # as Ray starts a worker
+        subprocess.run([*command, str(tmp_path / "parent.py")], stdout=file, stderr=file, cwd=tmp_path, check=True)
+    for _ in range(600):
+        if "orphan" in output.read_text():
+            break
+        time.sleep(0.1)
+    facts = json.loads(output.read_text().strip().splitlines()[-1])
+    assert facts.pop("said")[1], "torch was imported in the template"
+    orphan = facts.pop("orphan")
+    gone = {"terminated is gone": True, "killed is gone": True}
+    assert facts == {"ended": 3, "terminated": 5, "killed": -signal.SIGKILL, "seen to die": 137, **gone}
+    for _ in range(200):
+        if not psutil.pid_exists(orphan):
+            break
+        time.sleep(0.1)
+    assert not psutil.pid_exists(orphan)
+
+
 def test_without_a_template_the_client_becomes_the_worker(tmp_path: Path):
     with template({}, str(tmp_path / "log")) as command:
         pass

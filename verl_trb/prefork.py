@@ -5,6 +5,10 @@ without accelerators the driver starts a template process, which does them once;
 through `py_executable`, here this file as a tiny client, which hands its command line, environment and standard
 streams to the template. The template forks, and the fork runs Ray's worker script as a fresh interpreter would.
 
+Python's multiprocessing can start its processes so, too: `EXECUTABLE` names what to give to its `set_executable`.
+Ray forgets the process that it starts, multiprocessing waits for it; so there the client stays, as the fork's stand-in:
+it passes on signals and the exit code, and neither outlives the other.
+
 Run as a script it is the client, and imports nothing but the standard library.
 """
 
@@ -17,7 +21,11 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 
-SOCKET = "template.sock"
+SOCKET, PYTHON = "template.sock", "python"
+EXECUTABLE = "VERL_TRB_EXECUTABLE"  # environment variable of the workers: an interpreter that is a fork
+STAND_IN = "--stand-in"
+STARTS = "multiprocessing.spawn"  # in the command of a process of multiprocessing's
+MOST_STREAMS = 250  # of one message; the kernel's limit is 253
 SHARED = "VERL_TRB_TEMPLATE"  # environment variable: environment and py_executable of a template that stands
 # What verl and vLLM import, but neither Ray nor verl themselves: they read their environment when imported.
 MODULES = (
@@ -64,6 +72,10 @@ def template(environment: Mapping[str, str], log: str) -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory(prefix="verl_trb-") as folder:  # for this user only: so is the socket
         path = os.path.join(folder, SOCKET)
+        client = f"{sys.executable} -I -S {os.path.abspath(__file__)}"
+        with open(os.path.join(folder, PYTHON), "w") as script:
+            script.write(f'#!/bin/sh\nexec {client} {STAND_IN} {path} "$@"\n')
+        os.chmod(script.name, 0o700)
         with open(log, "ab") as output, socket.socket(socket.AF_UNIX) as listener:
             listener.bind(path)
             listener.listen(256)  # from now on; who comes before the imports are done waits
@@ -77,7 +89,7 @@ def template(environment: Mapping[str, str], log: str) -> Iterator[str]:
                 start_new_session=True,  # Ctrl-C is the driver's business
             )
         try:
-            yield f"{sys.executable} -I -S {os.path.abspath(__file__)} {path}"
+            yield f"{client} {path}"
         finally:
             process.kill()
             process.wait()
@@ -105,14 +117,15 @@ def serve(listener: socket.socket) -> None:
             listener.close()
             os.setpgid(0, 0)  # Ray ends the process group of a worker that has gone: it must hold no other's workers
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            _become(message, streams)
+            _become(message, streams, client)
         for stream in streams:
             os.close(stream)
         client.close()
 
 
-def _become(message: dict, streams: list[int]) -> None:
+def _become(message: dict, streams: list[int], client: socket.socket) -> None:
     """In the fork: what a new interpreter with this command line would be. Does not return."""
+    import fcntl
     import runpy
     import traceback
 
@@ -120,16 +133,34 @@ def _become(message: dict, streams: list[int]) -> None:
 
     code = 1
     try:
-        for number, stream in enumerate(streams):
+        free = max(message["streams"]) + 1
+
+        def moved(descriptor: int) -> int:
+            higher = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, free)
+            os.close(descriptor)
+            return higher
+
+        client = socket.socket(fileno=moved(client.detach()))
+        for number, stream in zip(message["streams"], list(map(moved, streams)), strict=True):
             os.dup2(stream, number)
             os.close(stream)
         os.environ.clear()
         os.environ.update(message["environment"])
         os.chdir(message["folder"])
         np.random.seed()  # Python's own generator does this by itself
+        if message["stays"]:
+            client.sendall(f"{os.getpid()}\n".encode())
+            _end_with(client)
+        else:
+            client.close()
         sys.argv = message["command"]
-        sys.path.insert(0, os.path.dirname(sys.argv[0]))
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        if sys.argv[0] == "-c":
+            _, source, *arguments = sys.argv
+            sys.argv = ["-c", *arguments]
+            exec(source, {"__name__": "__main__"})
+        else:
+            sys.path.insert(0, os.path.dirname(sys.argv[0]))
+            runpy.run_path(sys.argv[0], run_name="__main__")
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -139,34 +170,81 @@ def _become(message: dict, streams: list[int]) -> None:
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            client.sendall(f"{code}\n".encode())
         os._exit(code)
 
 
+def _end_with(client: socket.socket) -> None:
+    """Ends this process when its stand-in has gone."""
+    import signal
+    import threading
+
+    def wait() -> None:
+        client.recv(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def _receive(client: socket.socket) -> tuple[dict, list[int]]:
-    """The client's message and its three standard streams."""
-    data, streams, _, _ = socket.recv_fds(client, 1 << 16, 3)
-    while part := client.recv(1 << 16):
+    """The client's message and its streams."""
+    data, streams, _, _ = socket.recv_fds(client, 1 << 16, MOST_STREAMS)
+    while b"\n" not in data and (part := client.recv(1 << 16)):
         data += part
     return json.loads(data), streams
 
 
 def request(path: str, command: list[str]) -> None:
     """The client: asks the template for a worker; where there is none, becomes the worker itself."""
-    message = {"command": command, "environment": dict(os.environ), "folder": os.getcwd()}
     try:
-        with socket.socket(socket.AF_UNIX) as server:
-            server.connect(path)
-            data = json.dumps(message).encode()
-            sent = socket.send_fds(server, [data], [0, 1, 2])
-            server.sendall(data[sent:])
-            server.shutdown(socket.SHUT_WR)
+        with _ask(path, command, [0, 1, 2], stays=False) as server:
             server.recv(1)  # until the fork stands
     except OSError:
         os.execv(sys.executable, [sys.executable, *command])
 
 
+def stand_in(path: str, command: list[str]) -> int:
+    """The client that stays, having given all of its streams to the fork. Returns the fork's exit code."""
+    import select
+    import signal
+
+    streams = [int(number) for number in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{number}")]
+    source = command.index("-c") if "-c" in command else 0  # the interpreter's own flags come first
+    try:
+        # multiprocessing's other helpers import nothing that takes time: they stay what they are.
+        if STARTS not in command[source + 1] or len(streams) > MOST_STREAMS:
+            raise ValueError("no process to be forked")
+        server = _ask(path, command[source:], streams, stays=True)
+        fork = int(server.recv(16))
+    except (OSError, ValueError):
+        os.execv(sys.executable, [sys.executable, *command])
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: os.kill(fork, number))
+    for stream in streams:
+        os.close(stream)
+    parent = os.getppid()
+    while os.getppid() == parent:
+        if select.select([server], [], [], 1.0)[0]:
+            return int(server.recv(16) or 128 + signal.SIGKILL)
+    return 1  # orphaned: closing the connection ends the fork
+
+
+def _ask(path: str, command: list[str], streams: list[int], stays: bool) -> socket.socket:
+    environment = {**os.environ, EXECUTABLE: os.path.join(os.path.dirname(path), PYTHON)}
+    message = {"command": command, "environment": environment, "folder": os.getcwd(), "streams": streams}
+    data = json.dumps({**message, "stays": stays}).encode() + b"\n"
+    server = socket.socket(socket.AF_UNIX)
+    server.connect(path)
+    sent = socket.send_fds(server, [data], streams)
+    server.sendall(data[sent:])
+    return server
+
+
 if __name__ == "__main__":
     if len(sys.argv) == 2:
         serve(socket.socket(fileno=int(sys.argv[1])))
+    elif sys.argv[1] == STAND_IN:
+        sys.exit(stand_in(sys.argv[2], sys.argv[3:]))
     else:
         request(sys.argv[1], sys.argv[2:])

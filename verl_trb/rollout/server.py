@@ -4,6 +4,7 @@ Registered with verl as the rollout engine `trb` (`actor_rollout_ref.rollout.nam
 """
 
 import asyncio
+import multiprocessing
 import os
 import uuid
 from collections.abc import AsyncIterator
@@ -20,6 +21,7 @@ from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, 
 from vllm.sampling_params import RequestOutputKind
 
 from verl_trb.policies import get_policy
+from verl_trb.prefork import EXECUTABLE
 from verl_trb.rollout.engine_args import ENGINE_ENVIRONMENT, ONE_BY_ONE, blended_engine_args, model_length
 from verl_trb.rollout.generation import Answer, generate_blended
 from verl_trb.rollout.request import KEEP, PARAMS, POLICY, ROLLOUT_NAME, SEED, TRACE, BlendedRequest
@@ -35,6 +37,9 @@ class BlendedHttpServer(vLLMHttpServer):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         os.environ.update(ENGINE_ENVIRONMENT)
+        # vLLM spawns the engine's process, which would import everything. (Some temporary folders allow no programs.)
+        if os.access(executable := os.environ.get(EXECUTABLE, ""), os.X_OK):
+            multiprocessing.set_executable(executable)
         self.trb: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(config.custom["trb"]))
         self.resubmitted = 0
         # The teacher's gate: closed (skipped) only while no request in flight needs the teacher.

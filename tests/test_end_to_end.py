@@ -45,10 +45,16 @@ def start(run_dir: Path, cache: Path, *overrides: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "verl_trb.main", "recipe=quickstart"]
     command += [f"{key}={value}" for key, value in SETTINGS.items()]
     command += [f"trb.run_dir={run_dir}", f"trb.cache_dir={cache}", f"trainer.rollout_data_dir={run_dir}/rollouts"]
-    # A session of its own, as a terminal would give it; what it prints is shown when a test fails.
+    # A session of its own, in which Ctrl-C means something, as a terminal would give it: programs that are started in
+    # the background may ignore it, and their children with them. What it prints is shown when a test fails.
     output = open(run_dir.with_suffix(".out"), "a")
     return subprocess.Popen(
-        [*command, *overrides], stdout=output, stderr=subprocess.STDOUT, start_new_session=True, cwd=run_dir.parent
+        [*command, *overrides],
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        cwd=run_dir.parent,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -52,7 +52,7 @@ SETTINGS = [
     "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2",
 ]
 # What a rerun does not repeat: clocks, memory, and how often the driver started again.
-VARYING = ("timing", "perf/", "trb/restarts")
+VARYING = ("timing", "perf/", "actor/perf/", "trb/restarts")
 
 
 def start(run_dir: Path, overrides: list[str]) -> psutil.Process:

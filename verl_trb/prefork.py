@@ -210,8 +210,8 @@ def stand_in(path: str, command: list[str]) -> int:
     import signal
 
     streams = [int(number) for number in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{number}")]
-    source = command.index("-c") if "-c" in command else 0  # the interpreter's own flags come first
     try:
+        source = command.index("-c")  # the interpreter's own flags come first
         # multiprocessing's other helpers import nothing that takes time: they stay what they are.
         if STARTS not in command[source + 1] or len(streams) > MOST_STREAMS:
             raise ValueError("no process to be forked")

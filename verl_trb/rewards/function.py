@@ -61,7 +61,8 @@ def compute_score(
     arguments: the user's reward_kwargs. Of `extra_info` only what JSON can hold arrives.
     """
     own = {"data_source": data_source, "solution_str": solution_str, "ground_truth": _plain(ground_truth)}
-    own["extra_info"] = {key: _plain(value) for key, value in (extra_info or {}).items() if _plain(value) is not None}
+    extra = {key: _plain(value) for key, value in (extra_info or {}).items()}
+    own["extra_info"] = {key: value for key, value in extra.items() if value is not None}
     outcome = ask((FUNCTION, path, name), {"arguments": {**own, **arguments}}, Limits(seconds, memory_mb))
     if outcome.failed == TIME_LIMIT:
         raise RewardFailed(f"{name} of {path} took longer than {seconds:g} s (trb.reward_seconds).")

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import hydra
 import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -20,6 +21,15 @@ def compose(*arguments: str) -> list[DictConfig]:
     composed: list[DictConfig] = []
     composition.run(lambda config: composed.append(config) or 0, arguments)
     return composed
+
+
+def test_commands_without_options_of_hydra_are_composed_as_hydra_would(monkeypatch):
+    command = ["recipe=trb_then_grpo", "method=skd", "trb.epsilon=0.1", "+actor_rollout_ref.model.override_config.a=2"]
+    (ours,) = compose(*command)
+    used = []
+    monkeypatch.setattr(hydra, "compose", lambda *arguments, **options: used.append(arguments))
+    (hydras,) = compose(*command, "hydra.verbose=false")
+    assert ours == hydras and not used
 
 
 def with_trb(**values: object) -> DictConfig:

@@ -23,6 +23,8 @@ from verl_trb.recipe_source import GROUP, METHOD, names, recipe_file, register
 from verl_trb.rollout.engine_args import model_length
 from verl_trb.verl_keys import check_counts, check_keys_and_kinds, known_keys
 
+PACKAGE, BASE, VERSION = "verl_trb", "base", "1.3"  # where Hydra begins, and the version whose defaults it takes
+
 
 def run(task: Callable[[DictConfig], int], arguments: Sequence[str] | None = None) -> int:
     """Composes the command's configuration (several with `--multirun`) and calls `task` with each, completed.
@@ -32,11 +34,12 @@ def run(task: Callable[[DictConfig], int], arguments: Sequence[str] | None = Non
     cannot be, and whatever `task` raises.
     """
     register()
+    program, *own = sys.argv
+    arguments = own if arguments is None else list(arguments)
     results = [0]
     run_dirs: set[str] = set()
     failures: list[Exception] = []
 
-    @hydra.main(config_path="pkg://verl_trb", config_name="base", version_base="1.3")
     def call(config: DictConfig) -> None:
         if failures:
             return
@@ -50,12 +53,14 @@ def run(task: Callable[[DictConfig], int], arguments: Sequence[str] | None = Non
         except Exception as error:  # raised below: Hydra would print a line of its own
             failures.append(error)
 
-    program, *own = sys.argv
     full_error = os.environ.get("HYDRA_FULL_ERROR")
     try:
-        sys.argv = [program, *(own if arguments is None else arguments)]
+        sys.argv = [program, *arguments]
         os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints and exits by itself
-        call()
+        if any(argument.lstrip("+~").startswith(("-", "hydra")) for argument in arguments):
+            hydra.main(config_path=f"pkg://{PACKAGE}", config_name=BASE, version_base=VERSION)(call)()
+        else:
+            _call_once(call, arguments)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(sentence(error)) from error
     finally:
@@ -65,6 +70,20 @@ def run(task: Callable[[DictConfig], int], arguments: Sequence[str] | None = Non
     if failures:
         raise failures[0]
     return max(results)
+
+
+def _call_once(call: Callable[[DictConfig], None], overrides: list[str]) -> None:
+    """What hydra.main does for a command without options. It would compose everything twice, which takes a second."""
+    with hydra.initialize_config_module(PACKAGE, version_base=VERSION):
+        config = hydra.compose(BASE, overrides, return_hydra_config=True)
+    before = HydraConfig.instance().cfg
+    HydraConfig.instance().set_config(config)
+    with open_dict(config):
+        del config["hydra"]
+    try:
+        call(config)
+    finally:
+        HydraConfig.instance().cfg = before
 
 
 def complete(config: DictConfig) -> None:

@@ -7,6 +7,7 @@ and the last complete one is loaded.
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +16,31 @@ import torch
 from verl_trb import checkpoints
 from verl_trb.errors import ComponentLost, RunError
 from verl_trb.faults import explain, innermost
+from verl_trb.report.metrics import read_metrics
+from verl_trb.run_folder import METRICS
 from verl_trb.training.watch import WatchedTrainer
 
 DATA = "data.json"  # where the data loader stands
+LINE = "metrics.json"  # the step's line of metrics.jsonl, which is written when its weights are with the rollout engine
 TENSOR = "uint8 tensor"
 
 
 class CheckpointingTrainer(WatchedTrainer):
-    """Saves and resumes."""
+    """Saves and resumes. `step_line()`: what is known of the step's line of metrics.jsonl at its checkpoint."""
+
+    step_line: Callable[[], dict[str, Any]]
 
     def _save_checkpoint(self) -> None:
         root, step = Path(self.config.trainer.default_local_dir), self.global_steps
         before = checkpoints.find(root).step
         self.now(f"the checkpoint of step {step}")
-        partial = None
+        line, partial = self.step_line(), None
         try:
             partial = checkpoints.begin(root, step)
             # max_ckpt_to_keep=None: verl would remove older ones before this one is complete.
             self.actor_rollout_wg.save_checkpoint(str(partial / "actor"), None, step, max_ckpt_to_keep=None)
             (partial / DATA).write_text(json.dumps(self.train_dataloader.state_dict(), default=_encode))
+            (partial / LINE).write_text(json.dumps(line))
             folder = checkpoints.finish(partial)
             checkpoints.record(root, step)
         except Exception as error:
@@ -68,6 +75,22 @@ class CheckpointingTrainer(WatchedTrainer):
         self.actor_rollout_wg.load_checkpoint(local_path=str(folder / "actor"), del_local_after_load=False)
         state = json.loads((folder / DATA).read_text(), object_hook=_decode)
         self.train_dataloader.load_state_dict(state)
+        if folder.parent == Path(self.config.trainer.default_local_dir) and (folder / LINE).exists():
+            self._complete_metrics(json.loads((folder / LINE).read_text()))
+
+    def _complete_metrics(self, line: dict[str, Any]) -> None:
+        """What a run loses that is killed between a checkpoint and the end of its step: the line, and the validation."""
+        try:
+            recorded = {one["step"]: one for one in read_metrics(self.run_dir)}
+        except ValueError:
+            recorded = {}
+        step, trainer = line["step"], self.config.trainer
+        if step not in recorded:
+            with open(self.run_dir / METRICS, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        due = trainer.test_freq > 0 and (step % trainer.test_freq == 0 or step >= self.total_training_steps)
+        if due and not any(name.startswith("val") for name in recorded.get(step, ())):
+            trainer.val_before_train = True
 
 
 def _not_written(root: Path, step: int, before: int, error: BaseException, free: int) -> str:

@@ -24,6 +24,7 @@ from verl_trb.guidance import guidance_metrics, last_teacher_step
 from verl_trb.objective import objective_metrics, step_objective
 from verl_trb.policies import get_policy
 from verl_trb.rollout.statistics import merge, rollout_metrics
+from verl_trb.run_folder import METRICS
 from verl_trb.timeline import Spans, Timings, write_step
 from verl_trb.training.advantage import distillation_advantages
 from verl_trb.training.agent_loop import CORRECTED, GroupingClient
@@ -41,6 +42,7 @@ UPDATE_FIELDS = {
     "old_log_probs", "advantages", "returns", "rollout_is_weights", "ref_log_prob", "routed_experts",
     ADVANTAGES, CORRECTED, VERIFIED,
 }  # fmt: skip
+TIMES = ("timing", "perf/time_per_step", "perf/throughput")  # metrics that a step has when it is over
 SPANS_SHOWN = 300  # of the rollouts of a step: more would only fill the disk
 
 
@@ -125,7 +127,8 @@ class DistillationTrainer(CheckpointingTrainer):
 
     def step(self, metrics: dict, timing_raw: dict) -> Any:
         try:
-            return super().step(metrics, timing_raw)
+            self.trained = super().step(metrics, timing_raw), metrics
+            return self.trained[0]
         except (RunError, ray.exceptions.RayError):
             raise
         except Exception:
@@ -286,6 +289,18 @@ class DistillationTrainer(CheckpointingTrainer):
         self.recorded_from = time.time()
         write_step(self.run_dir, global_steps, self.step_began, self.step_ended, self.spans.take())
         timing_raw["other"] = timing_raw["step"] - self.timing_raw.parts()
+        self._describe(batch, metrics, timing_raw, global_steps, epoch)
+        self._record(metrics, global_steps)
+
+    def step_line(self) -> dict[str, Any]:
+        batch, metrics = self.trained
+        step, metrics = self.global_steps, dict(metrics)
+        # The times are not complete; verl computes a throughput from them.
+        self._describe(batch, metrics, {**self.timing_raw, "step": 1.0}, step, (step - 1) // self.steps_per_epoch)
+        return {name: value for name, value in _line(metrics, step).items() if not name.startswith(TIMES)}
+
+    def _describe(self, batch: Any, metrics: dict, timing_raw: dict, global_steps: int, epoch: int) -> None:
+        """Adds what the step's batch, objective and rollouts say to `metrics`."""
         super()._compute_metrics(batch, metrics, timing_raw, global_steps, epoch)
         metrics.update(self.pending)
         metrics.update(objective_metrics(self.objective))
@@ -296,13 +311,11 @@ class DistillationTrainer(CheckpointingTrainer):
         metrics["trb/eos_rate"] = float(np.mean([tag["ended"] for tag in batch.tags if not tag.get("is_padding")]))
         metrics["reward/mean"] = metrics["critic/score/mean"]
         metrics["trb/restarts"] = self.restarts
-        self._record(metrics, global_steps)
 
     def _record(self, metrics: dict[str, Any], step: int) -> None:
         """Append the step to metrics.jsonl, whole or not at all, and show it."""
-        line = {"step": step, **{name: _plain(value) for name, value in sorted(metrics.items())}}
-        line = {name: value for name, value in line.items() if value is not None}
-        with open(self.run_dir / "metrics.jsonl", "a") as file:
+        line = _line(metrics, step)
+        with open(self.run_dir / METRICS, "a") as file:
             file.write(json.dumps(line) + "\n")
         self.emit({"kind": "step", "metrics": line, "total_steps": self.total_training_steps})
         if step > 0:
@@ -323,6 +336,11 @@ class DistillationTrainer(CheckpointingTrainer):
         folder = self.run_dir / "student"
         self.actor_rollout_wg.export_student(str(folder))
         return folder
+
+
+def _line(metrics: dict[str, Any], step: int) -> dict[str, Any]:
+    line = {"step": step, **{name: _plain(value) for name, value in sorted(metrics.items())}}
+    return {name: value for name, value in line.items() if value is not None}
 
 
 def _plain(value: Any) -> float | int | str | None:

@@ -44,6 +44,7 @@ MODULES = (
     "fastapi",
     "vllm.config",
     "vllm.model_executor.model_loader",
+    "vllm.v1.worker.cpu_worker",
     "torchdata",
 )
 

@@ -18,6 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from verl.workers.rollout.base import _ROLLOUT_REGISTRY
 from verl.workers.rollout.replica import RolloutReplicaRegistry, TokenOutput
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
+from vllm import ModelRegistry
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
 from verl_trb.policies import get_policy
@@ -30,6 +32,14 @@ from verl_trb.rollout.statistics import merge
 from verl_trb.rollout.weight_socket import name_socket
 from verl_trb.verified import VERIFIED, columns
 from verl_trb.vocabulary import from_tokenizers
+
+
+def know_models(*configs: Any) -> None:
+    """Tells vLLM the classes of these models. It would look at them in a process of its own, for fear of what an import
+    does to CUDA: the first start on a machine takes longer for that.
+    """
+    for name in {name for config in configs for name in config.architectures or ()} & ModelRegistry.models.keys():
+        ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
 
 
 class BlendedHttpServer(vLLMHttpServer):
@@ -88,6 +98,8 @@ class BlendedHttpServer(vLLMHttpServer):
         return 1  # level 2 discards weights, and the teacher's would never come back
 
     async def run_server(self, args: Any) -> None:
+        if current_platform.is_cpu():
+            know_models(self.student.hf_config, self.model_config.hf_config)
         await super().run_server(args)
         await self.engine.collective_rpc(
             method="install_behavior_policy",

@@ -79,7 +79,7 @@ class CheckpointingTrainer(WatchedTrainer):
             self._complete_metrics(json.loads((folder / LINE).read_text()))
 
     def _complete_metrics(self, line: dict[str, Any]) -> None:
-        """What a run loses that is killed between a checkpoint and the end of its step: the line, and the validation."""
+        """What a run loses that is killed between a checkpoint and its step's end: the line, and the validation."""
         try:
             recorded = {one["step"]: one for one in read_metrics(self.run_dir)}
         except ValueError:

@@ -105,7 +105,7 @@ if __name__ == "__main__":
     process.join()
     facts["ended"] = process.exitcode
     for name, stop in (("terminated", lambda p: p.terminate()), ("killed", lambda p: p.kill())):
-        process, (pid, _) = start("wait")
+        process, (_, pid, _) = start("wait")
         stop(process)
         process.join()
         facts[name] = process.exitcode
@@ -113,22 +113,25 @@ if __name__ == "__main__":
         while os.path.exists(f"/proc/{pid}") and time.time() < deadline:
             time.sleep(0.05)
         facts[name + " is gone"] = not os.path.exists(f"/proc/{pid}")
-    process, (pid, _) = start("wait")
+    process, (_, pid, _) = start("wait")
     os.kill(pid, signal.SIGKILL)
     multiprocessing.connection.wait([process.sentinel], timeout=20)
     facts["seen to die"] = process.join() or process.exitcode
-    process, (pid, _) = start("wait")
+    process, (_, pid, _) = start("wait")
     facts["orphan"] = pid
     print(json.dumps(facts), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
 CHILD = """
 import os, signal, sys, time
+import setproctitle
 
 def work(connection, what):
     if what == "wait":
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
-    connection.send((os.getpid(), "torch" in sys.modules))
+    setproctitle.setproctitle("a title")
+    with open("/proc/self/cmdline") as title:
+        connection.send((title.read().strip("\0"), os.getpid(), "torch" in sys.modules))
     if what == "wait":
         time.sleep(600)
     sys.exit(3)
@@ -148,7 +151,9 @@ def test_a_process_of_multiprocessing_is_a_fork(py_executable: str, tmp_path: Pa
             break
         time.sleep(0.1)
     facts = json.loads(output.read_text().strip().splitlines()[-1])
-    assert facts.pop("said")[1], "torch was imported in the template"
+    title, _, imported = facts.pop("said")
+    assert title == "a title", "nobody could tell vLLM's processes apart"
+    assert imported, "torch was imported in the template"
     orphan = facts.pop("orphan")
     gone = {"terminated is gone": True, "killed is gone": True}
     assert facts == {"ended": 3, "terminated": 5, "killed": -signal.SIGKILL, "seen to die": 137, **gone}

@@ -131,6 +131,7 @@ def _become(message: dict, streams: list[int], client: socket.socket) -> None:
     import traceback
 
     import numpy as np
+    import setproctitle
 
     code = 1
     try:
@@ -145,6 +146,8 @@ def _become(message: dict, streams: list[int], client: socket.socket) -> None:
         for number, stream in zip(message["streams"], list(map(moved, streams)), strict=True):
             os.dup2(stream, number)
             os.close(stream)
+        if message["stays"]:
+            setproctitle.getproctitle()  # finds where titles go, which it cannot once the environment has changed
         os.environ.clear()
         os.environ.update(message["environment"])
         os.chdir(message["folder"])

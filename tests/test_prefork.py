@@ -131,7 +131,7 @@ def work(connection, what):
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
     setproctitle.setproctitle("a title")
     with open("/proc/self/cmdline") as title:
-        connection.send((title.read().strip("\0"), os.getpid(), "torch" in sys.modules))
+        connection.send((title.read().strip(chr(0)), os.getpid(), "torch" in sys.modules))
     if what == "wait":
         time.sleep(600)
     sys.exit(3)

@@ -1,6 +1,7 @@
 """Checkpoint folders: written whole or not at all, found again, and pruned.
 
-    checkpoints/global_step_N/            actor/ (verl's: weights, optimizer, learning rate, generators), data.json
+    checkpoints/global_step_N/            actor/ (verl's: weights, optimizer, learning rate, generators), data.json,
+                                          metrics.json (the step's)
     checkpoints/global_step_N/complete.json   every file of the folder with its size, written last
     checkpoints/global_step_N.partial/    being written, or what a killed run left of it
     checkpoints/latest_checkpointed_iteration.txt   N, for verl's tools; written after the folder has its name

@@ -111,7 +111,8 @@ def one_kill(run_dir: Path, overrides: list[str], activity: str, chance: random.
         return None
     at = status(run_dir)
     kill(standing)
-    resumed = [line["step"] for line in _lines(run_dir)[len(lines_before) :]]
+    # Behind the line of the checkpoint's own step, which a start writes where the kill came before the run did.
+    resumed = [line["step"] for line in _lines(run_dir)[len(lines_before) :] if line["step"] != expected]
     if resumed and resumed[0] != expected + 1:
         raise SystemExit(f"the run went on at step {resumed[0]}, but its checkpoint was of step {expected}")
     said = " ".join(run_dir.with_suffix(".out").read_text().split())

@@ -34,8 +34,7 @@ def run(task: Callable[[DictConfig], int], arguments: Sequence[str] | None = Non
     cannot be, and whatever `task` raises.
     """
     register()
-    program, *own = sys.argv
-    arguments = own if arguments is None else list(arguments)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     results = [0]
     run_dirs: set[str] = set()
     failures: list[Exception] = []
@@ -53,23 +52,28 @@ def run(task: Callable[[DictConfig], int], arguments: Sequence[str] | None = Non
         except Exception as error:  # raised below: Hydra would print a line of its own
             failures.append(error)
 
+    options = any(argument.lstrip("+~").startswith(("-", "hydra")) for argument in arguments)
+    try:
+        (_call_by_hydra if options else _call_once)(call, arguments)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(sentence(error)) from error
+    if failures:
+        raise failures[0]
+    return max(results)
+
+
+def _call_by_hydra(call: Callable[[DictConfig], None], arguments: list[str]) -> None:
+    """hydra.main with these arguments."""
+    program, *own = sys.argv
     full_error = os.environ.get("HYDRA_FULL_ERROR")
     try:
         sys.argv = [program, *arguments]
         os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints and exits by itself
-        if any(argument.lstrip("+~").startswith(("-", "hydra")) for argument in arguments):
-            hydra.main(config_path=f"pkg://{PACKAGE}", config_name=BASE, version_base=VERSION)(call)()
-        else:
-            _call_once(call, arguments)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(sentence(error)) from error
+        hydra.main(config_path=f"pkg://{PACKAGE}", config_name=BASE, version_base=VERSION)(call)()
     finally:
         sys.argv = [program, *own]
         if full_error is None:
             del os.environ["HYDRA_FULL_ERROR"]
-    if failures:
-        raise failures[0]
-    return max(results)
 
 
 def _call_once(call: Callable[[DictConfig], None], overrides: list[str]) -> None:

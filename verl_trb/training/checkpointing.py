@@ -78,6 +78,11 @@ class CheckpointingTrainer(WatchedTrainer):
         if folder.parent == Path(self.config.trainer.default_local_dir) and (folder / LINE).exists():
             self._complete_metrics(json.loads((folder / LINE).read_text()))
 
+    def append_line(self, line: dict[str, Any]) -> None:
+        """To metrics.jsonl, whole or not at all."""
+        with open(self.run_dir / METRICS, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
     def _complete_metrics(self, line: dict[str, Any]) -> None:
         """What a run loses that is killed between a checkpoint and its step's end: the line, and the validation."""
         try:
@@ -86,8 +91,7 @@ class CheckpointingTrainer(WatchedTrainer):
             recorded = {}
         step, trainer = line["step"], self.config.trainer
         if step not in recorded:
-            with open(self.run_dir / METRICS, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            self.append_line(line)
         due = trainer.test_freq > 0 and (step % trainer.test_freq == 0 or step >= self.total_training_steps)
         if due and not any(name.startswith("val") for name in recorded.get(step, ())):
             trainer.val_before_train = True

@@ -1,6 +1,5 @@
 """verl's synchronous trainer with our worker, the ε schedule, and one metrics line a step."""
 
-import json
 import math
 import time
 from collections import deque
@@ -24,7 +23,6 @@ from verl_trb.guidance import guidance_metrics, last_teacher_step
 from verl_trb.objective import objective_metrics, step_objective
 from verl_trb.policies import get_policy
 from verl_trb.rollout.statistics import merge, rollout_metrics
-from verl_trb.run_folder import METRICS
 from verl_trb.timeline import Spans, Timings, write_step
 from verl_trb.training.advantage import distillation_advantages
 from verl_trb.training.agent_loop import CORRECTED, GroupingClient
@@ -313,10 +311,9 @@ class DistillationTrainer(CheckpointingTrainer):
         metrics["trb/restarts"] = self.restarts
 
     def _record(self, metrics: dict[str, Any], step: int) -> None:
-        """Append the step to metrics.jsonl, whole or not at all, and show it."""
+        """Append the step to metrics.jsonl, and show it."""
         line = _line(metrics, step)
-        with open(self.run_dir / METRICS, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        self.append_line(line)
         self.emit({"kind": "step", "metrics": line, "total_steps": self.total_training_steps})
         if step > 0:
             self._warn(line)

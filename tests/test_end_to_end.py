@@ -77,6 +77,15 @@ def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int, after: in
         time.sleep(0.1)
 
 
+def wait_for_rollouts(run_dir: Path, step: int) -> None:
+    """Until all rollouts of `step` are in their file: verl writes it beside the training, maybe behind the line."""
+    file = run_dir / "rollouts" / f"{step}.jsonl"
+    deadline = time.monotonic() + 60
+    while not file.exists() or file.read_text().count("\n") < BATCH:
+        assert time.monotonic() < deadline, f"no {file} in 60 s:\n{printed(run_dir)}"
+        time.sleep(0.01)
+
+
 def tree(process: subprocess.Popen) -> list[psutil.Process]:
     root = psutil.Process(process.pid)
     return [root, *root.children(recursive=True)]
@@ -101,6 +110,7 @@ def runs(tmp_path_factory, cache) -> dict:
 
     killed = start(run_dir, cache)
     wait_for_step(killed, run_dir, 3, after=0)
+    wait_for_rollouts(run_dir, 3)
     processes = tree(killed)
     for process in processes:
         process.send_signal(signal.SIGKILL)

@@ -36,6 +36,8 @@ SETTINGS = [
     "trb.data_response=reward_model.ground_truth",
     f"trb.data_share=[[{EXACT},1],[{EXACT + 1},0]]",
 ]
+# A third of a batch fits no larger one.
+THREE_NODES = ["recipe=quickstart", "trainer.nnodes=3", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=16"]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * TIMEOUT)]
 
 
@@ -215,8 +217,7 @@ def test_who_has_no_token_is_refused(cluster: Cluster):
 
 
 def test_cluster_that_is_too_small_is_refused(cluster: Cluster, tmp_path: Path, cache: Path):
-    arguments = ["recipe=quickstart", f"trb.run_dir={tmp_path}/run", f"trb.cache_dir={cache}"]
-    done = cluster.submit(*arguments, "trainer.nnodes=3")
+    done = cluster.submit(*THREE_NODES, f"trb.run_dir={tmp_path}/run", f"trb.cache_dir={cache}")
     assert done.returncode == 2, done.stdout + done.stderr
     assert "cannot hold trainer.nnodes=3 times trainer.n_gpus_per_node=1" in done.stdout
     assert "Traceback" not in done.stdout
@@ -258,9 +259,9 @@ def test_a_cluster_without_a_token_is_warned_about(tmp_path: Path, cache: Path):
     try:
         wait_for("Ray runtime started", log, head)
         address = log.read_text().partition("Local node IP: ")[2].split()[0]
-        joining = [f"ray_kwargs.ray_init.address={address}:{port}", "trb.prefork=false", "trainer.nnodes=3"]
-        own = ["recipe=quickstart", f"trb.run_dir={tmp_path}/run", f"trb.cache_dir={cache}"]
-        command = [sys.executable, "-m", "verl_trb.main", *own, *joining]
+        joining = [f"ray_kwargs.ray_init.address={address}:{port}", "trb.prefork=false"]
+        own = [f"trb.run_dir={tmp_path}/run", f"trb.cache_dir={cache}"]
+        command = [sys.executable, "-m", "verl_trb.main", *THREE_NODES, *own, *joining]
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment)
     finally:
         end([head])

@@ -201,7 +201,8 @@ def test_empty_rollouts(tmp_path, cache, monkeypatch, which):
     """An agent loop gives back no token for some prompts, or for all: they are left out and counted, or it stops."""
     (tmp_path / "silent_loop.py").write_text(LOOPS.format(which=which))
     (tmp_path / "loops.yaml").write_text("- {name: silent, _target_: silent_loop.Silent}")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # of the workers
+    monkeypatch.syspath_prepend(tmp_path)  # of the command, a fork of this process
     monkeypatch.delenv(prefork.SHARED)  # that template has another path
     agent = "actor_rollout_ref.rollout.agent"
     loop = [f"{agent}.agent_loop_config_path={tmp_path}/loops.yaml", f"{agent}.default_agent_loop=silent"]

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 from omegaconf import DictConfig
 
+from verl_trb.agent_loops import check_agent_loop
 from verl_trb.data_files import check_lengths, check_responses, check_rows, check_special_tokens, files_of, read_rows
 from verl_trb.errors import UserError
 from verl_trb.model_files import Model, find_model
@@ -275,6 +276,7 @@ CHECKS: tuple[Callable[[DictConfig], None], ...] = (
     check_training_data,
     check_validation_data,
     check_reward_function,
+    check_agent_loop,
     check_memory,
     check_disk,
     check_weight_bucket,

@@ -18,11 +18,13 @@ import transfer_queue as tq
 from omegaconf import OmegaConf
 from tensordict import NonTensorData, TensorDict
 from verl.experimental.agent_loop import AgentLoopOutput, get_trajectory_info
-from verl.experimental.agent_loop.agent_loop import DictConfigWrap, ToolListWrap, _agent_loop_registry
+from verl.experimental.agent_loop import agent_loop as verl_loops
+from verl.experimental.agent_loop.agent_loop import DictConfigWrap, ToolListWrap
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.utils.rollout_trace import rollout_trace_attr
 from verl.workers.rollout.llm_server import LLMServerClient
 
+from verl_trb.agent_loops import ONE_TURN
 from verl_trb.errors import RunError
 from verl_trb.faults import explain
 from verl_trb.guidance import guidance, step_policy
@@ -42,7 +44,6 @@ logger = logging.getLogger(__name__)
 
 # The batch's field, int64 [response tokens]: 1 where the student's draft was rejected and replaced.
 CORRECTED = "corrected"
-ONE_TURN = "single_turn_agent"  # verl's name for it
 
 # verl publishes the class only as a Ray actor class; this is the class behind it.
 _AgentLoopWorker: Any = AgentLoopWorkerTQ.__ray_metadata__.modified_class
@@ -222,10 +223,12 @@ class DistillationAgentLoopWorker(_AgentLoopWorker):
         """
         attributes = {name: trajectory[name] for name in ("step", "sample_index", "rollout_n", "validate")}
         with rollout_trace_attr(**attributes, name="agent_loop", trace=trace):
-            if agent_name not in _agent_loop_registry:
-                raise ValueError(f"there is no agent loop {agent_name!r}; there are {', '.join(_agent_loop_registry)}")
+            # By its module: Ray copies this class with the globals it uses, and verl fills the one that is not copied.
+            registry = verl_loops._agent_loop_registry
+            if agent_name not in registry:
+                raise ValueError(f"there is no agent loop {agent_name!r}; there are {', '.join(registry)}")
             if agent_name not in self.makers:
-                entry = {**_agent_loop_registry[agent_name], "_partial_": True}
+                entry = {**registry[agent_name], "_partial_": True}
                 self.makers[agent_name] = hydra.utils.instantiate(entry)
             agent_loop = self.makers[agent_name](
                 trainer_config=DictConfigWrap(config=self.config),

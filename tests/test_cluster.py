@@ -7,6 +7,7 @@ steps whose rollouts are the data's own responses, so that both must compute the
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -258,8 +259,8 @@ def test_a_cluster_without_a_token_is_warned_about(tmp_path: Path, cache: Path):
         head = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
     try:
         wait_for("Ray runtime started", log, head)
-        address = log.read_text().partition("Local node IP: ")[2].split()[0]
-        joining = [f"ray_kwargs.ray_init.address={address}:{port}", "trb.prefork=false"]
+        address = re.search(r"ray start --address='([\d.:]+)'", log.read_text())[1]
+        joining = [f"ray_kwargs.ray_init.address={address}", "trb.prefork=false"]
         own = [f"trb.run_dir={tmp_path}/run", f"trb.cache_dir={cache}"]
         command = [sys.executable, "-m", "verl_trb.main", *THREE_NODES, *own, *joining]
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment)

@@ -47,6 +47,26 @@ def test_a_dead_engine():
     assert isinstance(error, ComponentLost) and "the rollout engine's process ended during the validation" in str(error)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [10.0.0.1]:1: Connection reset by peer. "
+        "This is typically caused by a remote worker hanging",
+        "[../gloo/transport/tcp/pair.cc:554] Connection closed by peer [10.0.0.1]:54",
+        "NCCL error in: ProcessGroupNCCL.cpp:1, remote process exited or there was a network error, NCCL version 2",
+    ],
+)
+def test_who_lost_the_connection_tells_that_another_is_gone(text):
+    error = explain(wrapped(RuntimeError(text)), "the training of step 2")
+    assert isinstance(error, ComponentLost)
+    assert str(error).startswith("a training worker died or its node was lost during the training of step 2")
+
+
+def test_a_collective_that_is_wrong_would_fail_again():
+    for text in ("NCCL error: invalid usage, duplicate GPU detected", "the judge's server: Connection reset by peer"):
+        assert not isinstance(explain(wrapped(RuntimeError(text)), "the start"), ComponentLost)
+
+
 def test_an_error_in_code_is_no_lost_component():
     error = explain(wrapped(ValueError("first\nthe verifier has no network")), "the training of step 2")
     assert not isinstance(error, ComponentLost)

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from verl_trb import placement, submit
+from verl_trb import cluster, placement, submit
 from verl_trb.cluster import CPUS_A_DEVICE, Node, asks_for_token, check_room, joining_arguments
 from verl_trb.config import TrbConfig
 from verl_trb.errors import ConfigError, UserError
@@ -110,6 +110,27 @@ def test_room_of_a_cluster():
     for sizes, nnodes, each in ((((8, 64), (4, 64)), 2, 8), (((8, 20),), 1, 8), ((), 1, 1)):
         with pytest.raises(UserError, match=f"cannot hold trainer.nnodes={nnodes}"):
             check_room(nodes(*sizes), wanted(nnodes, each))
+
+
+def test_a_node_that_has_gone_while_it_was_asked_is_left_out(monkeypatch: pytest.MonkeyPatch):
+    """Of three, the second is lost after the list was made, which its answer shows; two are enough. Then one is ill."""
+    three = [Node(str(n), f"10.0.0.{n}", 1, 3) for n in range(3)]
+    lists = iter([three, [three[0], three[2]]])
+    asked = []
+
+    def ask(found: list[Node], config: object) -> None:
+        asked.append([node.id for node in found])
+        if three[1] in found:
+            raise UserError("Node 10.0.0.1 cannot run verl_trb.")
+
+    monkeypatch.setattr(cluster, "nodes", lambda: next(lists))
+    monkeypatch.setattr(cluster, "check_nodes", ask)
+    config = SimpleNamespace(trainer=SimpleNamespace(nnodes=2, n_gpus_per_node=1))
+    assert cluster.living_nodes(config) == [three[0], three[2]]
+    assert asked == [["0", "1", "2"], ["0", "2"]]
+    monkeypatch.setattr(cluster, "nodes", lambda: three)  # there, but ill: that is said
+    with pytest.raises(UserError, match=r"10\.0\.0\.1 cannot run"):
+        cluster.living_nodes(config)
 
 
 def test_verl_reserves_as_many_cpus():

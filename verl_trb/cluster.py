@@ -77,6 +77,23 @@ def nodes() -> list[Node]:
     return sorted(found, key=lambda node: (node.address, node.id))
 
 
+def living_nodes(config: DictConfig) -> list[Node]:
+    """The cluster's nodes, each of which has answered, with room for the run. Raises UserError, see the two checks.
+
+    Ray may take half a minute to notice that a node is lost: one that has gone while it was asked is left out.
+    """
+    found = nodes()
+    while True:
+        check_room(found, config)
+        try:
+            check_nodes(found, config)
+            return found
+        except UserError:
+            if (left := nodes()) == found:
+                raise
+            found = left
+
+
 def check_room(found: Sequence[Node], config: DictConfig) -> None:
     """The cluster has trainer.nnodes times trainer.n_gpus_per_node devices; verl would wait for them for ever.
 

@@ -18,6 +18,8 @@ COMPONENTS = {
     "SimpleStorageUnit": "the transfer queue's storage",
 }
 ENGINE_DEAD = ("EngineDeadError", "EngineGenerateError")  # vLLM's: its core process has ended
+# What torch.distributed's backends say where the other side of a collective has gone: a rank's process, or its node.
+PEER_GONE = re.compile(r"(gloo|NCCL).*(Connection (reset|closed) by peer|Broken pipe|remote process exited)", re.DOTALL)
 CLASS_NAME = re.compile(r"class_name: \S*?(\w+)\s")
 
 
@@ -36,6 +38,8 @@ def explain(error: BaseException, doing: str = "") -> RunError:
         match = CLASS_NAME.search(str(cause))
         name = match[1] if match else ""
         return ComponentLost(f"{COMPONENTS.get(name, name or 'a process')} died{during}")
+    if isinstance(cause, RuntimeError) and PEER_GONE.search(str(cause)):
+        return ComponentLost(f"a training worker died or its node was lost{during} (another one lost its connection)")
     lost = (
         ray.exceptions.WorkerCrashedError,
         ray.exceptions.ObjectLostError,

@@ -157,9 +157,7 @@ def _look_at_cluster(config: DictConfig, display: Display, joined: bool) -> None
             "scripts/ray_cluster.sh (docs/cluster.md)"
         )
     display.stage("checking the nodes of the cluster")
-    found = cluster.nodes()
-    cluster.check_room(found, config)
-    cluster.check_nodes(found, config)
+    found = cluster.living_nodes(config)
     able = [node.address for node in found for _ in range(node.groups(config.trainer.n_gpus_per_node))]
     # With more room than the run takes, Ray chooses.
     addresses = able if len(able) == config.trainer.nnodes else []

@@ -3,11 +3,12 @@
     .venv/bin/python scripts/soak.py runs/soak --minutes 120
 
 Every few seconds it samples, over the driver and all processes below it: resident memory, open files, threads,
-processes, and the named segments of shared memory they have mapped; every two minutes the objects in Ray's store; from
-metrics.jsonl the step time. After a warm-up (the first quarter) each series is cut into ten blocks and a line is fitted
-through the blocks' means: its slope an hour, with a 95% confidence interval (Student's t, 8 degrees of freedom; blocks,
-because neighbouring samples are not independent). "GROWS" means: the interval lies above 0 and an hour's growth is more
-than 2% of the mean.
+processes, processor time, and the named segments of shared memory they have mapped; every two minutes the objects in
+Ray's store; from metrics.jsonl the step time. (The processor time a step grows with the work, whatever else the machine
+does; the step time also with its load.) After a warm-up (the first quarter) each series is cut into ten blocks and a
+line is fitted through the blocks' means: its slope an hour, with a 95% confidence interval (Student's t, 8 degrees of
+freedom; blocks, because neighbouring samples are not independent). "GROWS" means: the interval lies above 0 and an
+hour's growth is more than 2% of the mean.
 """
 
 import argparse
@@ -49,6 +50,7 @@ NAMES = {
     "processes": "processes",
     "ray_objects": "objects in Ray's store",
     "step_seconds": "seconds a step",
+    "cpu_seconds": "processor seconds a step, all processes",
 }
 
 
@@ -57,13 +59,17 @@ def family(process: subprocess.Popen) -> list[psutil.Process]:
     return [root, *root.children(recursive=True)]
 
 
-def sample(process: subprocess.Popen) -> dict[str, float | None]:
-    """One sample of everything that is cheap; processes that end meanwhile are left out."""
+def sample(process: subprocess.Popen, used: dict[int, float]) -> dict[str, float | None]:
+    """One sample of everything that is cheap; processes that end meanwhile are left out.
+
+    `used`: process id -> its processor seconds so far, brought up to date.
+    """
     rss, files, threads, seen = [], 0, 0, 0
     segments: dict[str, int] = {}
     for member in family(process):
         try:
             with member.oneshot():
+                used[member.pid] = sum(member.cpu_times()[:2])
                 rss.append(member.memory_info().rss / 2**20)
                 files += member.num_fds()
                 threads += member.num_threads()
@@ -131,7 +137,7 @@ def report(folder: Path) -> int:
     """Prints the table, draws soak.png; the number of series that grow."""
     found = series(folder)
     growing = 0
-    figure, axes = plt.subplots(2, 4, figsize=(16, 6.5), constrained_layout=True)
+    figure, axes = plt.subplots(3, 3, figsize=(13, 9.5), constrained_layout=True)
     print(f"{'':38} {'mean':>9} {'slope an hour':>14}   95% interval")
     for axis, (name, words) in zip(axes.flat, NAMES.items(), strict=True):
         axis.set_title(words, fontsize=10)
@@ -174,6 +180,8 @@ def main() -> int:
     command += [f"trb.run_dir={run_dir}", *arguments.overrides]
     process = subprocess.Popen(command, stdout=open(folder / "screen.txt", "w"), stderr=subprocess.STDOUT)
     metrics, offset, began, asked = run_dir / "metrics.jsonl", 0, None, 0.0
+    used: dict[int, float] = {}
+    spent = None  # the processor seconds when the last step was seen
     try:
         with open(folder / "samples.jsonl", "w") as out:
             while process.poll() is None:
@@ -181,7 +189,7 @@ def main() -> int:
                 if not metrics.exists():
                     continue
                 began = began or time.monotonic()
-                line = sample(process)
+                line = sample(process, used)
                 if time.monotonic() - asked > 120:
                     asked = time.monotonic()
                     line["ray_objects"] = ray_objects(process)
@@ -191,6 +199,11 @@ def main() -> int:
                     offset += len(f"{whole}\n".encode()) if whole else 0
                     fresh = [json.loads(text) for text in whole.splitlines()]
                 now = time.monotonic() - began
+                steps = sum("timing_s/step" in step for step in fresh)
+                if steps:
+                    total = sum(used.values())
+                    line["cpu_seconds"] = (total - spent) / steps if spent is not None else None
+                    spent = total
                 out.write(json.dumps({"t": now, **line}) + "\n")
                 for step in fresh:
                     if "timing_s/step" in step:

@@ -55,10 +55,10 @@ def native_dtype() -> str:
     return "bfloat16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "float32"
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Words w3 … w31999, a newline, and three special tokens; the chat template is the message itself."""
+def make_tokenizer(size: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """Words w4 … w31999 (`size` tokens in all), a newline, three special tokens; the chat template is the message."""
     words = {"<|endoftext|>": EOS, "<|pad|>": PAD, "<|im_end|>": MARKER, "\n": 3}
-    words |= {f"w{i}": i for i in range(len(words), VOCABULARY)}
+    words |= {f"w{i}": i for i in range(len(words), size)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<|pad|>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")  # keeps the newline, which verl asks for
     return PreTrainedTokenizerFast(

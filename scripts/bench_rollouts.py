@@ -91,13 +91,11 @@ class Plain:
         self.runner = worker.model_runner
         self.worker_parts = Timed(self.runner, "execute_model"), Timed(self.runner, "sample_tokens")
 
-    def generate(self, prompts: list[list[int]], **settings: Any) -> tuple[int, float]:
+    def generate(self, prompts: list[list[int]], each: list[dict[str, Any]]) -> tuple[int, float]:
+        """Tokens and seconds; `each`: the sampling parameters of every prompt."""
         from vllm import SamplingParams
 
-        params = [
-            SamplingParams(temperature=1.0, ignore_eos=True, detokenize=False, **{"max_tokens": RESPONSE, **each})
-            for each in settings.pop("each", [{}] * len(prompts))
-        ]
+        params = [SamplingParams(temperature=1.0, ignore_eos=True, detokenize=False, **sampling) for sampling in each]
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
         for part in self.worker_parts:
             part.take()
@@ -111,7 +109,8 @@ class Plain:
         return 1 - sum(s for part in self.worker_parts for _, s in part.take()) / seconds
 
     def measure(self, prompts: list[list[int]], request: dict[str, Any]) -> dict[str, Any]:
-        tokens, seconds = self.generate(prompts)
+        each = [{"max_tokens": request.get("response", RESPONSE)}] * len(prompts)
+        tokens, seconds = self.generate(prompts, each)
         return {"rate": tokens / seconds, "scheduling": self.scheduling(seconds)}
 
 
@@ -165,7 +164,7 @@ class Ours(Plain):
             {"extra_args": BlendedRequest(params, prompt[-1]).extra_args(), "logprobs": 0, "max_tokens": response + 1}
             for prompt in prompts
         ]
-        tokens, seconds = self.generate([prompt[:-1] for prompt in prompts], each=each)
+        tokens, seconds = self.generate([prompt[:-1] for prompt in prompts], each)
         tokens -= len(prompts)  # the forced ones
         sums = self.rpc("take_rollout_statistics")
         assert sums["tokens"] == tokens == len(prompts) * response, (sums, tokens)
@@ -184,10 +183,11 @@ class Ours(Plain):
         }
         if drafts:
             # One block: `drafts` passes of the student over one token a row, one of the teacher over the drafts.
-            student = sum(statistics.median(s for rows, s in part if rows == len(prompts)) for part in parts["student"])
+            # Means, as the run's own time is a sum, too.
+            student = sum(statistics.mean(s for rows, s in part if rows == len(prompts)) for part in parts["student"])
             block = [[s for rows, s in part if rows == len(prompts) * drafts] for part in parts["teacher"]]
             if all(block):
-                teacher = sum(statistics.median(part) for part in block)
+                teacher = sum(statistics.mean(part) for part in block)
                 answer |= {"student_pass": student, "teacher_pass": teacher}
                 answer["bound"] = len(prompts) * answer["tokens"] / (drafts * student + teacher)
         return answer
@@ -209,24 +209,28 @@ class Loop:
 
         from verl_trb.trust_region import blend
 
-        start = CLOCK()
+        response, start = request.get("response", RESPONSE), CLOCK()
         with torch.inference_mode():
             input_BT, caches = torch.tensor(prompts), [None, None]
-            for _ in range(RESPONSE):
+            for _ in range(response):
                 logps = []
                 for i, model in enumerate(self.models):
                     output = model(input_BT, past_key_values=caches[i], use_cache=True, logits_to_keep=1)
                     caches[i] = output.past_key_values
                     logps.append(output.logits[:, -1].float().log_softmax(-1))
                 input_BT = torch.multinomial(blend(logps[0], logps[1], EPSILON).log_mu.exp(), 1)
-        return {"rate": len(prompts) * RESPONSE / (CLOCK() - start)}
+        return {"rate": len(prompts) * response / (CLOCK() - start)}
 
 
-def serve(side: str, models: Models, batch: int, drafts: int, dtype: str) -> None:
+def serve(side: str, models: Models, options: argparse.Namespace) -> None:
+    batch, drafts, dtype, response = max(options.batches), max(options.gammas), options.dtype, options.response
+
     def start() -> Any:
         if side == "loop":
             return Loop(models, dtype)
-        return Ours(models, batch, drafts, dtype) if side == "ours" else Plain(getattr(models, side), batch, dtype)
+        if side == "ours":
+            return Ours(models, batch, drafts, dtype, response)
+        return Plain(getattr(models, side), batch, dtype, response)
 
     answer_requests(start, VOCABULARY)
 
@@ -311,6 +315,7 @@ def measure(options: argparse.Namespace) -> dict[int, dict[str, dict[str, float]
             for side in sorted({side for batch in options.batches for _, side, _ in cases(options, batch)}):
                 command = [__file__, "--serve", side, "--models", str(options.models), "--dtype", options.dtype]
                 command += ["--batches", *map(str, options.batches), "--gammas", *map(str, options.gammas)]
+                command += ["--response", str(options.response)]
                 sides[side] = Side(command, options.threads, Path(folder) / f"{side}.log")
             for each in sides.values():
                 each.wait()
@@ -319,7 +324,7 @@ def measure(options: argparse.Namespace) -> dict[int, dict[str, dict[str, float]
                 for repetition in range(-1, options.repetitions):  # the first warms up
                     for name, side, request in cases(options, batch):
                         for _ in range(3 if repetition < 0 and name == "auto" else 1):  # it learns what steps cost
-                            answer = sides[side].ask(batch=batch, **request)
+                            answer = sides[side].ask(batch=batch, response=options.response, **request)
                         print(f"  {batch} x {name}, {repetition}: {answer['rate']:.1f}", file=sys.stderr, flush=True)
                         if repetition >= 0:
                             runs.setdefault(name, []).append(answer)
@@ -390,6 +395,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--gammas", type=int, nargs="+", default=GAMMAS)
     parser.add_argument("--repetitions", type=int, default=2)
+    parser.add_argument("--response", type=int, default=RESPONSE, help="tokens of a response")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=native_dtype())
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds, not the clock's: on a machine in use")
@@ -400,11 +406,12 @@ def main() -> None:
     options = parser.parse_args()
     models = make_models(options.models)
     if options.serve:
-        serve(options.serve, models, max(options.batches), max(options.gammas), options.dtype)
+        serve(options.serve, models, options)
         return
     clock = "CPU time" if options.cpu_time else "clock time"
     print(
-        f"{options.dtype}, {clock}, {options.threads} threads, {PROMPT} + {RESPONSE} tokens, epsilon = {EPSILON}",
+        f"{options.dtype}, {clock}, {options.threads} threads, {PROMPT} + {options.response} tokens, "
+        f"epsilon = {EPSILON}",
         flush=True,
     )
     if options.cpu_time:
@@ -412,7 +419,8 @@ def main() -> None:
     results = measure(options)
     if options.json:
         with options.json.open("a") as file:
-            print(json.dumps({"dtype": options.dtype, "clock": clock, **results}), file=file)
+            measured = {"dtype": options.dtype, "clock": clock, "response": options.response, **results}
+            print(json.dumps(measured), file=file)
     sys.exit(1 if verdict(results) else 0)
 
 

@@ -16,7 +16,10 @@ def blended_engine_args(
         tensor_parallel_size: of the teacher; vLLM wants the student's to be the same.
         student_rows, teacher_rows: rows of the two embeddings, where they differ.
     """
+    from verl_trb.rollout.cpu_kernels import kernel_arguments  # vLLM, which checking a configuration does not need
+
     return {
+        **kernel_arguments(),
         "speculative_config": {
             "method": "draft_model",
             "model": with_rows(student, student_rows, teacher_rows),

@@ -12,6 +12,7 @@ from verl.workers.rollout.vllm_rollout.utils import monkey_patch_compute_logits,
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from verl_trb.policies import get_policy
+from verl_trb.rollout import cpu_kernels  # noqa: F401  registers them in the engine's process
 from verl_trb.rollout.draft_length import DraftLength
 from verl_trb.rollout.drafter import Block, StudentDrafter
 from verl_trb.rollout.padded_student import fit_rows

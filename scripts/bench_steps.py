@@ -107,6 +107,8 @@ class Bench:
             f"{rollout}.log_prob_micro_batch_size_per_gpu": self.batch,
             "reward.custom_reward_function.path": SCRIPTS / "verl_opd.py",
             "reward.custom_reward_function.name": "compute_score",
+            # Of each process: they take turns. The toy's are too short for two.
+            "ray_kwargs.ray_init.runtime_env.env_vars.OMP_NUM_THREADS": "'2'" if self.size == "bench" else "'1'",
             "trainer.total_training_steps": self.steps,
             "trainer.total_epochs": 1,
             "trainer.test_freq": -1,
@@ -204,7 +206,7 @@ class Bench:
         return self.ours(side == "trb", folder)
 
     def _run(self, command: list[str], folder: Path, extra: dict[str, str] | None = None) -> str:
-        """Its standard output. One thread a process where a side has several, as in recipes/_cpu.yaml; TRL has all."""
+        """Its standard output."""
         environment = {**os.environ, **(extra or {})}
         log = (folder / "screen.txt").open("w")
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, env=environment, text=True, cwd=folder)

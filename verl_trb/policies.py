@@ -175,10 +175,11 @@ def behavior(
 
 def teacher_logprobs(logits_NV: Tensor, vocabulary: SharedVocabulary, temperature_N: Tensor | None = None) -> Tensor:
     """log pi_T over the shared vocabulary, float32, of the logits as the teacher's output layer gives them."""
-    logits_NV = logits_NV[:, : vocabulary.size].float()
-    if temperature_N is not None:
-        logits_NV = logits_NV / temperature_N[:, None]
-    return canonicalize(logits_NV, vocabulary, role="teacher").log_softmax(-1)
+    logits_NV = logits_NV[:, : vocabulary.size]
+    # Dividing by float32 makes float32 of any logits, without a copy before.
+    logits_NV = logits_NV.float() if temperature_N is None else logits_NV / temperature_N.float()[:, None]
+    shared_NV = canonicalize(logits_NV, vocabulary, role="teacher")
+    return torch.log_softmax(shared_NV, -1, out=shared_NV)
 
 
 # ------------------------------------------------------------------------------------------ the policies

@@ -148,9 +148,10 @@ def solve_beta(
     """Bracketed Newton for the largest beta with KL <= epsilon > 0, on f(beta) = sqrt(2 KL), nearly linear.
 
     Returns (base_NV, ratio_NV, solution): log mu = base + beta ratio - log_z on the rows with beta > 0, where
-    about -HUGE stands for probability 0. The first pass looks at both ends (beta = 0 and 1), value and slope of
-    f at each; every further pass is one Newton step. Rows that have converged leave the work; one host
-    synchronization a pass. scratch_3NV: where base, ratio and a temporary go (fresh memory costs page faults).
+    about -HUGE stands for probability 0. The first pass is at beta = 0: the ratio's moments there give the first
+    guess. Every further pass is one Newton step; beta = 1 is looked at where a step leads there. Rows that have
+    converged leave the work; one host synchronization a pass. scratch_3NV: where base, ratio and a temporary go
+    (fresh memory costs page faults).
     """
     zero_N, one_N = torch.zeros_like(epsilon_N), torch.ones_like(epsilon_N)
     slack = 4 * torch.finfo(epsilon_N.dtype).eps
@@ -164,30 +165,23 @@ def solve_beta(
         scratch_3NV = logp_student_NV.new_empty(3, *logp_student_NV.shape)
     base_NV, ratio_NV, scratch_NV = scratch_3NV[:, :rows_in]
     lost_N = _prepare(logp_student_NV, logp_teacher_NV, base_NV, ratio_NV)
-    log_z0_N, centre_N, variance0_N = _moments(base_NV, ratio_NV, zero_N, scratch_NV)
+    log_z0_N, centre_N, variance0_N, third0_N = _moments(base_NV, ratio_NV, zero_N, scratch_NV, third=True)
     # Shifting the ratio changes no mu and no KL; centred, beta E[r] and log Z stay small and do not cancel.
     ratio_NV.sub_(centre_N.nan_to_num(0.0)[:, None])
     kl0_N = torch.log1p(lost_N * (-log_z0_N).exp())  # the limit of KL at beta -> 0
     log_total_N = log_z0_N + kl0_N  # 0 up to rounding of the student's normalization
-    log_z1_N, mean1_N, variance1_N = _moments(base_NV, ratio_NV, one_N, scratch_NV)
-    kl1_N = (mean1_N - log_z1_N + log_total_N).clamp_min(0)
-
-    teacher_N = kl1_N <= epsilon_N
-    student_N = ~teacher_N & (kl0_N > upper_N)
-    open_N = ~student_N & (kl1_N > epsilon_N)
-    beta_N = torch.where(teacher_N, one_N, torch.where(student_N | open_N, zero_N, math.nan))
-    kl_N = torch.where(student_N | open_N, zero_N, kl1_N)  # open rows start from the student: feasible
-    log_z_N, passes_N = log_z1_N.clone(), one_N.clone()
-
-    # A point on the curve is [5, N]: beta, f, dbeta/df, KL, log Z.
-    f1_N = (2 * kl1_N).sqrt()
     f0_N = (2 * kl0_N).sqrt()
     slope0_N = torch.where(f0_N > 0, math.inf, variance0_N.rsqrt())
-    low_5N = torch.stack([zero_N, f0_N, slope0_N, zero_N, log_z0_N])
-    high_5N = torch.stack([one_N, f1_N, f1_N / variance1_N, kl1_N, log_z1_N])
-    rows = open_N.nonzero().squeeze(-1)
-    low_5N, high_5N = low_5N[:, rows], high_5N[:, rows]
-    guess_N = _inside(_interpolate(low_5N, high_5N, aim_N[rows]), low_5N, high_5N)
+
+    # Until a step has led elsewhere, the student (0), which is feasible.
+    beta_N, kl_N, log_z_N, passes_N = zero_N.clone(), zero_N.clone(), log_z0_N.clone(), one_N.clone()
+    beta_N[(log_z0_N + variance0_N).isnan()] = math.nan
+    rows = ((kl0_N <= epsilon_N) & ~beta_N.isnan()).nonzero().squeeze(-1)
+    # Only beta = 1 can still be feasible where kl0 is in the last thousandth of the budget.
+    guess_N = torch.where(kl0_N > upper_N, one_N, _first_guess(aim_N, slope0_N, third0_N / variance0_N))[rows]
+    # A point on the curve is [5, N]: beta, f, dbeta/df, KL, log Z. f = inf at beta = 1 until that has been looked at.
+    low_5N = torch.stack([zero_N, f0_N, slope0_N, zero_N, log_z0_N])[:, rows]
+    high_5N = torch.stack([one_N, one_N * math.inf, zero_N, zero_N, zero_N])[:, rows]
     work_base_NV, work_ratio_NV = base_NV, ratio_NV
     if len(rows) < len(base_NV):
         work_base_NV, work_ratio_NV = base_NV[rows], ratio_NV[rows]
@@ -195,27 +189,41 @@ def solve_beta(
         if len(rows) == 0:
             break
         width_N = high_5N[0] - low_5N[0]
-        log_z_M, mean_M, variance_M = _moments(work_base_NV, work_ratio_NV, guess_N, scratch_NV)
+        log_z_M, mean_M, variance_M, _ = _moments(work_base_NV, work_ratio_NV, guess_N, scratch_NV)
         passes_N[rows] += 1
         kl_M = (guess_N * mean_M - log_z_M + log_total_N[rows]).clamp_min(0)
         f_M = (2 * kl_M).sqrt()
         point_5N = torch.stack([guess_N, f_M, f_M / (guess_N * variance_M), kl_M, log_z_M])
-        under_M = kl_M <= upper_N[rows]
+        teacher_M = (guess_N == 1) & (kl_M <= epsilon_N[rows])
+        under_M = (kl_M <= upper_N[rows]) | teacher_M
         low_5N, high_5N = torch.where(under_M, point_5N, low_5N), torch.where(under_M, high_5N, point_5N)
+        beta_N[rows], kl_N[rows], log_z_N[rows] = low_5N[0], low_5N[3], low_5N[4]
         newton_M = guess_N + (aim_N[rows] - f_M) * point_5N[2]
         guess_N = _inside(newton_M, low_5N, high_5N, _interpolate(low_5N, high_5N, aim_N[rows]))
         if trial >= PATIENCE:  # on a curve like a step both creep along one end: halve the bracket
             slow_M = high_5N[0] - low_5N[0] > width_N / 2
             guess_N = torch.where(slow_M, (low_5N[0] + high_5N[0]) / 2, guess_N)
-        beta_N[rows], kl_N[rows], log_z_N[rows] = low_5N[0], low_5N[3], low_5N[4]
+        beyond_M = (newton_M >= 1) & high_5N[1].isinf()
+        guess_N = torch.where(beyond_M, 1.0, guess_N)
         # Also done when no number is left between the ends: the curve is steeper than the dtype resolves.
-        room_M = (guess_N > low_5N[0]) & (guess_N < high_5N[0])
+        room_M = (guess_N > low_5N[0]) & ((guess_N < high_5N[0]) | beyond_M) & (kl0_N[rows] <= upper_N[rows])
         keep = (room_M & ~(under_M & (kl_M >= lower_N[rows]))).nonzero().squeeze(-1)
         if len(keep) < len(rows):
             rows, guess_N = rows[keep], guess_N[keep]
             low_5N, high_5N = low_5N[:, keep], high_5N[:, keep]
             work_base_NV, work_ratio_NV = work_base_NV[keep], work_ratio_NV[keep]
     return base_NV, ratio_NV, Solution(beta_N, kl_N, log_z_N, passes_N)
+
+
+def _first_guess(aim_N: Tensor, slope0_N: Tensor, skew_N: Tensor) -> Tensor:
+    """beta in (0, 1] at which f = (beta + skew beta^2 / 3) / slope0 meets the aim, from the cumulants at beta = 0.
+
+    skew_N: the ratio's third cumulant over its variance. 1 where the student puts no weight on any difference.
+    """
+    linear_N = aim_N * slope0_N
+    # The parabola turns where its tangent has lost its slope: not trusted beyond half of that.
+    root_N = (1 + 4 / 3 * skew_N * linear_N).clamp_min(0.25).sqrt()
+    return (2 * linear_N / (1 + root_N)).nan_to_num(1.0).clamp(torch.finfo(aim_N.dtype).tiny, 1)
 
 
 def _prepare(logp_student_NV: Tensor, logp_teacher_NV: Tensor, base_NV: Tensor, ratio_NV: Tensor) -> Tensor:
@@ -235,8 +243,11 @@ def _prepare(logp_student_NV: Tensor, logp_teacher_NV: Tensor, base_NV: Tensor, 
     return lost_N
 
 
-def _moments(base_NV: Tensor, ratio_NV: Tensor, beta_N: Tensor, scratch_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """log sum_a w, and mean and variance of the ratio under w, for w = e^(base + beta ratio): one pass.
+def _moments(
+    base_NV: Tensor, ratio_NV: Tensor, beta_N: Tensor, scratch_NV: Tensor, third: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log sum_a w, and mean, variance and (if asked for, else 0) third cumulant of the ratio under w, for
+    w = e^(base + beta ratio): one pass.
 
     softmax is torch's fastest way to exponentiate; sum_a w follows from w and w / sum_a w at the likeliest token.
     """
@@ -247,11 +258,14 @@ def _moments(base_NV: Tensor, ratio_NV: Tensor, beta_N: Tensor, scratch_NV: Tens
     total_N, p_top_N = p_NV.sum(-1), p_NV.amax(-1)
     mean_N = p_NV.mul_(ratio_NV).sum(-1) / total_N
     square_N = p_NV.mul_(ratio_NV).sum(-1) / total_N
-    return top_N + (total_N / p_top_N).log(), mean_N, (square_N - mean_N**2).clamp_min(0)
+    third_N = torch.zeros_like(mean_N)
+    if third:
+        third_N = p_NV.mul_(ratio_NV).sum(-1) / total_N - 3 * mean_N * square_N + 2 * mean_N**3
+    return top_N + (total_N / p_top_N).log(), mean_N, (square_N - mean_N**2).clamp_min(0), third_N
 
 
 def _interpolate(low_5N: Tensor, high_5N: Tensor, aim_N: Tensor) -> Tensor:
-    """beta at f = aim by the monotone rational quadratic that has the value and slope of both ends."""
+    """beta at f = aim by the monotone rational quadratic with the value and slope of both ends; NaN without both."""
     (beta0_N, f0_N, slope0_N), (beta1_N, f1_N, slope1_N) = low_5N[:3], high_5N[:3]
     rise_N, run_N = beta1_N - beta0_N, f1_N - f0_N
     t_N = (aim_N - f0_N) / run_N

@@ -97,3 +97,13 @@ def refusal(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return said[0].removeprefix("error: ")
 
     return run
+
+
+@pytest.fixture(params=["kept", "computed again"])
+def gradient(request, monkeypatch):
+    """What backward through the output layers does: the gradient kept in forward, or both models' logits once more."""
+    from verl_trb import chunked_loss
+
+    if request.param == "computed again":
+        monkeypatch.setattr(chunked_loss, "KEPT_GRADIENT", 0)
+    return request.param

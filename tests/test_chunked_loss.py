@@ -16,6 +16,9 @@ from verl_trb.vocabulary import canonicalize, share_vocabulary
 INF = math.inf
 
 
+pytestmark = pytest.mark.usefixtures("gradient")  # both ways through the output layers, for every test
+
+
 def logits(rows=7, size=13, scale=2.0, seed=0, dtype=torch.float64):
     g = torch.Generator().manual_seed(seed)
     return [(scale * torch.randn(rows, size, generator=g, dtype=torch.float64)).to(dtype) for _ in range(2)]
@@ -150,6 +153,25 @@ def test_rollout_tokens_through_output_layers(use, topk):
     (out.loss_N * scale_loss + out.logp_student_N * scale_logp).sum().backward()
     for leaf, expected in zip(leaves, exact, strict=True):
         torch.testing.assert_close(leaf.grad, expected.grad)
+
+
+@pytest.mark.parametrize("use", ["loss", "loss and logp", "loss and 0 times logp"])
+def test_what_backward_computes_again(gradient, use):
+    """Nothing where the loss alone is differentiated and its gradient was kept."""
+    calls = []
+
+    def counted(prefixes):
+        calls.append(len(prefixes.logp_student_CV))
+        return reverse_kl(prefixes)
+
+    layers = [torch.randn(*shape, requires_grad=True) for shape in ((7, 5), (13, 5), (7, 4), (13, 4))]
+    out = loss_from_layers(*layers, divergence=counted, chunk_tokens=3, token_N=torch.zeros(7, dtype=torch.long))
+    factor = {"loss": None, "loss and logp": 1.0, "loss and 0 times logp": 0.0}[use]
+    total = out.loss_N.sum() if factor is None else (out.loss_N + factor * out.logp_student_N).sum()
+    assert calls == [3, 3, 1]
+    total.backward()
+    again = gradient == "computed again" or use == "loss and logp"
+    assert calls == [3, 3, 1] * (2 if again else 1)
 
 
 def test_frozen_parts_get_no_gradient():

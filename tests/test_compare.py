@@ -53,6 +53,13 @@ def test_finished_runs_are_not_repeated_and_are_reported(out: Path, capsys: pyte
     assert main(["--out", str(out)]) == 0, "the table of what is there needs no arms"
 
 
+def test_overrides_may_stand_between_options(out: Path, capsys) -> None:
+    assert main(["--out", str(out), *ARMS[:3], "trb.epsilon=0.1", *ARMS[3:]]) == 0
+    plan = json.loads((out / "arms.json").read_text())
+    assert plan["common"] == ["recipe=quickstart", "trb.epsilon=0.1"]
+    assert plan["arms"]["vanilla"] == ["trb.policy=student"]
+
+
 def test_settings_are_selected_on_one_split_and_reported_on_another(out: Path, capsys) -> None:
     assert main([*ARMS, "--out", str(out), "--select", "val/accuracy", "--metric", "val/test"]) == 0
     said = capsys.readouterr().out

@@ -123,6 +123,7 @@ def test_chunk_size_changes_nothing(mode: str, name: str, params: dict[str, floa
 
 
 @forms
+@pytest.mark.usefixtures("gradient")
 def test_through_output_layers(mode: str, name: str, params: dict[str, float]):
     """Padded rows of different number, two EOS, temperature 0.7; loss, log q of the tokens, gradient of a mixture."""
     ids = {f"t{i}": i for i in range(11)}

@@ -15,6 +15,8 @@ from verl_trb.rollout.kept import Kept
 from verl_trb.verified import Verified, loss_from_verified, verified
 from verl_trb.vocabulary import SharedVocabulary
 
+pytestmark = pytest.mark.usefixtures("gradient")
+
 TOKENS, SIZE, WIDTH, K = 11, 17, 6, 4
 VOCABULARY = SharedVocabulary(size=15, student_eos=3, teacher_eos=7, masked=(0, 7), marker=0)
 

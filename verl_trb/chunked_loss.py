@@ -19,11 +19,15 @@ from verl_trb.exact_rows import Scratch, exact_gradient, exact_rows
 from verl_trb.vocabulary import Role, SharedVocabulary, canonicalize
 
 # (student logits of a chunk, its rows, upstream_JC or None)
-#   -> (values_KC, and sum_j upstream_j d values_j / d logits over the shared vocabulary or None)
+#   -> (values_KC, and sum_j upstream_j d values_j / d logits over the shared vocabulary or None).
+# J may be less than the number of differentiable values: the others' upstream is 0 then.
 RowLoss = Callable[[Tensor, slice, Tensor | None], tuple[Tensor, Tensor | None]]
 
 # Logits of a chunk on a CPU, at most. More save no time; five buffers of this size are 335 MB in float32.
 CPU_CHUNK = 2**24
+# Numbers [N, V] up to which the loss's gradient is made beside the loss and kept, in the hidden states' dtype, for
+# backward, which otherwise computes both models' logits again.
+KEPT_GRADIENT = 2**26
 
 
 class TokenLoss(NamedTuple):
@@ -87,10 +91,10 @@ def loss_from_layers(
 ) -> TokenLoss:
     """The loss of every token through both output layers, whose logits exist for one chunk at a time.
 
-    Like `loss_from_logits`, but nothing of size N x V is ever kept, in any dtype: backward computes each
-    chunk again. Gradients flow to the student's hidden states, weight and bias. Both distributions are taken
-    at `temperature`. Products run in the hidden states' dtype, the rest in float32. On a CPU a chunk has no more
-    than CPU_CHUNK logits, whatever chunk_tokens allows. With token_N the result has
+    Like `loss_from_logits`, but nothing of more than KEPT_GRADIENT numbers N x V is kept, in any dtype: backward
+    computes each chunk again. Gradients flow to the student's hidden states, weight and bias. Both distributions
+    are taken at `temperature`. Products run in the hidden states' dtype, the rest in float32. On a CPU a chunk has
+    no more than CPU_CHUNK logits, whatever chunk_tokens allows. With token_N the result has
     those tokens' log-probabilities.
     """
     if not temperature > 0:
@@ -163,7 +167,8 @@ def _rows(
         values_KC = torch.stack([exact.kl_C, *logps[:1], exact.kl_C, *entropies, *logps[1:]])
         if upstream_JC is None:
             return values_KC, None
-        return values_KC, exact_gradient(exact, upstream_JC[0], None if token_C1 is None else upstream_JC[1], token_C1)
+        upstream_logp_C = upstream_JC[1] if token_C1 is not None and len(upstream_JC) > 1 else None
+        return values_KC, exact_gradient(exact, upstream_JC[0], upstream_logp_C, token_C1)
 
     def row_loss(logits_CV: Tensor, rows: slice, upstream_JC: Tensor | None) -> tuple[Tensor, Tensor | None]:
         logp_student_CV = shared_logp(logits_CV, vocabulary, "student")
@@ -187,7 +192,7 @@ def _rows(
             assert token_N is not None
             token_C1 = token_N[rows, None]
             logps = [logp_CV.gather(-1, token_C1).squeeze(-1) for logp_CV in (logp_student_CV, logp_teacher_CV)]
-            if grad_CV is not None and upstream_JC is not None:
+            if grad_CV is not None and upstream_JC is not None and len(upstream_JC) > 1:
                 add_logp_gradient(grad_CV, prefixes.student_CV, token_C1, upstream_JC[1, :, None])
         entropies = [prefixes.student_entropy_C, prefixes.teacher_entropy_C]
         return torch.stack([loss_C, *logps[:1], kl_C, *entropies, *logps[1:]]), grad_CV
@@ -282,7 +287,8 @@ class _Logits(torch.autograd.Function):
 
 
 class _Linear(torch.autograd.Function):
-    """A row loss of the logits of an output layer, computed chunk by chunk, and again in backward."""
+    """A row loss of the logits of an output layer, computed chunk by chunk, and again in backward where the gradient of
+    its first value has not been kept, or is not all that is asked for."""
 
     @staticmethod
     def forward(
@@ -298,35 +304,47 @@ class _Linear(torch.autograd.Function):
         scratch: Scratch,
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V)
+        ctx.set_materialize_grads(False)
+        tokens, size = hidden_ND.shape[0], weight_VD.shape[0]
         if hidden_ND.device.type == "cpu":
-            chunk_tokens = min(chunk_tokens, max(1, CPU_CHUNK // weight_VD.shape[0]))
+            chunk_tokens = min(chunk_tokens, max(1, CPU_CHUNK // size))
         ctx.row_loss, ctx.chunk_tokens, ctx.temperature = row_loss, chunk_tokens, temperature
         ctx.differentiable, ctx.scratch = differentiable, scratch
-        tokens = hidden_ND.shape[0]
+        keep = any(ctx.needs_input_grad) and tokens * size <= KEPT_GRADIENT
+        ctx.kept_NV = hidden_ND.new_empty(tokens, size) if keep else None
         dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
         value_KN = torch.empty(values, tokens, dtype=dtype, device=hidden_ND.device)
         for rows in _chunks(tokens, chunk_tokens):
             logits_CV = _logits(hidden_ND[rows], weight_VD, bias_V, temperature, scratch, "student")
-            value_KN[:, rows], _ = row_loss(logits_CV, rows, None)
+            one_1C = value_KN.new_ones(1, rows.stop - rows.start) if keep else None
+            value_KN[:, rows], grad_CV = row_loss(logits_CV, rows, one_1C)
+            if keep:
+                ctx.kept_NV[rows] = grad_CV
         columns = [value_N.clone() for value_N in value_KN]
         ctx.mark_non_differentiable(*columns[differentiable:])
         return tuple(columns)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden_ND, weight_VD, bias_V = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         sums = torch.promote_types(hidden_ND.dtype, torch.float32)  # over chunks, of bfloat16 products
         grad_ND = torch.empty_like(hidden_ND) if need_hidden else None
         grad_VD = torch.zeros_like(weight_VD, dtype=sums) if need_weight else None
         grad_V = torch.zeros_like(bias_V, dtype=sums) if need_bias else None
-        for rows in _chunks(hidden_ND.shape[0], ctx.chunk_tokens):
-            logits_CV = _logits(hidden_ND[rows], weight_VD, bias_V, ctx.temperature, ctx.scratch, "student")
-            upstream_JC = torch.stack([grad_N[rows] for grad_N in grads[: ctx.differentiable]]) / ctx.temperature
-            _, grad_CV = ctx.row_loss(logits_CV, rows, upstream_JC)
+        zero_N = torch.zeros(len(hidden_ND), dtype=sums, device=hidden_ND.device)
+        upstream_JN = [zero_N if grad_N is None else grad_N for grad_N in grads[: ctx.differentiable]]
+        upstream_JN = torch.stack(upstream_JN) / ctx.temperature
+        # None where nobody uses the value; zeros where its weight in the loss is 0.
+        first_alone = all(g_N is None or not bool(g_N.any()) for g_N in grads[1 : ctx.differentiable])
+        for rows in _chunks(len(hidden_ND), ctx.chunk_tokens):
+            if ctx.kept_NV is not None and first_alone:
+                grad_CV = scale_rows(ctx.kept_NV[rows].clone(), upstream_JN[0, rows])
+            else:
+                logits_CV = _logits(hidden_ND[rows], weight_VD, bias_V, ctx.temperature, ctx.scratch, "student")
+                grad_CV = ctx.row_loss(logits_CV, rows, upstream_JN[:, rows])[1].to(hidden_ND.dtype)
             if grad_V is not None:
-                grad_V += grad_CV.sum(0)
-            grad_CV = grad_CV.to(hidden_ND.dtype)
+                grad_V += grad_CV.sum(0, dtype=sums)
             if grad_ND is not None:
                 torch.mm(grad_CV, weight_VD.to(hidden_ND.dtype), out=grad_ND[rows])
             if grad_VD is not None and grad_VD.dtype == hidden_ND.dtype:

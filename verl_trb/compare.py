@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--best-checkpoint", action="store_true", help="each run's best step instead of its last (optimistic)"
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # overrides may stand anywhere before the first --arm
     try:
         if args.jobs < 1:
             raise UserError(f"--jobs is the number of runs side by side, at least 1; got {args.jobs}.")

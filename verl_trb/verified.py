@@ -93,7 +93,8 @@ def loss_from_verified(
         if upstream_JC is None:
             return values_KC, None
         grad_CV = scale_rows(integrand.gradient_CV(student_CV), upstream_JC[0])
-        add_logp_gradient(grad_CV, student_CV, token_C1, upstream_JC[1, :, None])
+        if len(upstream_JC) > 1:
+            add_logp_gradient(grad_CV, student_CV, token_C1, upstream_JC[1, :, None])
         return values_KC, grad_CV
 
     layer = hidden_student_ND, weight_student_VD, bias_student_V

@@ -166,7 +166,7 @@ def main() -> None:
         if kl_max > epsilon:
             missed.append(f"epsilon {epsilon}: KL {kl_max}")
     mean_passes = statistics.mean(all_passes)
-    print(f"passes on average: {mean_passes:.2f} (a pass sweeps the vocabulary; the first looks at beta = 0 and 1)")
+    print(f"passes on average: {mean_passes:.2f} (a pass sweeps the vocabulary once)")
     if mean_passes > 3:
         missed.append(f"{mean_passes:.2f} passes, not 3")
 

@@ -419,7 +419,7 @@ def main() -> None:
     results = measure(options)
     if options.json:
         with options.json.open("a") as file:
-            measured = {"dtype": options.dtype, "clock": clock, "response": options.response, **results}
+            measured: dict[Any, Any] = {"dtype": options.dtype, "clock": clock, "response": options.response, **results}
             print(json.dumps(measured), file=file)
     sys.exit(1 if verdict(results) else 0)
 

@@ -286,7 +286,7 @@ def test_nan_stays_visible_in_its_row(broken):
     (logp_student if broken == "student" else logp_teacher)[1, 4] = math.nan
     result = blend(logp_student, logp_teacher, 0.05)
     assert result.log_mu.isnan().any(-1).tolist() == [False, True, False]
-    assert result.beta.isnan().tolist() == [False, True, False]
+    assert result.beta.isnan().tolist() == result.kl.isnan().tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize(

@@ -175,8 +175,9 @@ def solve_beta(
 
     # Until a step has led elsewhere, the student (0), which is feasible.
     beta_N, kl_N, log_z_N, passes_N = zero_N.clone(), zero_N.clone(), log_z0_N.clone(), one_N.clone()
-    beta_N[(log_z0_N + variance0_N).isnan()] = math.nan
-    rows = ((kl0_N <= epsilon_N) & ~beta_N.isnan()).nonzero().squeeze(-1)
+    broken_N = (log_z0_N + variance0_N).isnan()
+    beta_N[broken_N] = kl_N[broken_N] = math.nan
+    rows = ((kl0_N <= epsilon_N) & ~broken_N).nonzero().squeeze(-1)
     # Only beta = 1 can still be feasible where kl0 is in the last thousandth of the budget.
     guess_N = torch.where(kl0_N > upper_N, one_N, _first_guess(aim_N, slope0_N, third0_N / variance0_N))[rows]
     # A point on the curve is [5, N]: beta, f, dbeta/df, KL, log Z. f = inf at beta = 1 until that has been looked at.

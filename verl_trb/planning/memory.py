@@ -181,13 +181,15 @@ def optimizer_phase(job: Job) -> Parts:
 
 
 def logits_chunk(job: Job) -> int:
-    """What the loss holds of one chunk. On a CPU a chunk has at most 2^24 logits (chunked_loss.py)."""
+    """What the loss holds of one chunk, and the gradient it keeps where that is small (chunked_loss.py). On a CPU a chunk
+    has at most 2^24 logits."""
     vocabulary = job.student.vocabulary
     tokens = min(job.chunk_tokens, job.micro_tokens)
     if job.host:
         tokens = min(tokens, max(1, 2**24 // vocabulary))
     tensors = CHUNK_TENSORS[job.loss] + (CHUNK_ROUNDED if job.compute < 4 and job.loss != "topk" else 0)
-    return int(tensors * 4 * tokens * vocabulary)
+    every = job.micro_tokens * vocabulary
+    return int(tensors * 4 * tokens * vocabulary) + (job.compute * every if every <= 2**26 else 0)
 
 
 def activations(job: Job, tokens: int) -> int:

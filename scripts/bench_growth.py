@@ -59,7 +59,7 @@ QUANTITIES = {
     "epsilon": "ε, nats a token",
     "vocabulary": "vocabulary",
     "teacher": "teacher's layers",
-    "replicas": "engines side by side, one core each",
+    "replicas": "engines, one core each",
 }
 POINTS = [
     *(Point("response", n, response=n) for n in (64, 128, 256, 512)),
@@ -159,7 +159,8 @@ def draw(results: dict[str, list[dict[str, float]]], target: Path) -> None:
         panel.set_xscale("log")
         panel.set_xticks(values, [f"{value:g}" if value < 1000 else f"{value / 1000:g}k" for value in values])
         panel.minorticks_off()
-        panel.set_ylim(bottom=0)
+        panel.tick_params(labelsize=8)
+        panel.set_ylim(0, 1.1 * max(row["milliseconds"] for row in rows))
         panel.set_xlabel(QUANTITIES[quantity])
         panel.set_ylabel("ms a token")
         panel.spines[["top", "right"]].set_visible(False)

@@ -181,7 +181,7 @@ def optimizer_phase(job: Job) -> Parts:
 
 
 def logits_chunk(job: Job) -> int:
-    """What the loss holds of one chunk, and the gradient it keeps where that is small (chunked_loss.py). On a CPU a chunk
+    """What the loss holds of one chunk, and the gradient it keeps where it is small (chunked_loss.py). On a CPU a chunk
     has at most 2^24 logits."""
     vocabulary = job.student.vocabulary
     tokens = min(job.chunk_tokens, job.micro_tokens)

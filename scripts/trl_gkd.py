@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl.experimental.gkd import GKDConfig, GKDTrainer
@@ -66,5 +65,4 @@ def main(settings: dict) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(torch.get_num_threads())  # OMP_NUM_THREADS, which bench_steps.py sets
     main(json.loads(Path(sys.argv[1]).read_text()))

@@ -335,10 +335,12 @@ class _Linear(torch.autograd.Function):
         zero_N = torch.zeros(len(hidden_ND), dtype=sums, device=hidden_ND.device)
         upstream_JN = [zero_N if grad_N is None else grad_N for grad_N in grads[: ctx.differentiable]]
         upstream_JN = torch.stack(upstream_JN) / ctx.temperature
-        # None where nobody uses the value; zeros where its weight in the loss is 0.
-        first_alone = all(g_N is None or not bool(g_N.any()) for g_N in grads[1 : ctx.differentiable])
+        # None where nobody uses the value; zeros where its weight in the loss is 0. (On a GPU to look is to wait.)
+        use_kept = ctx.kept_NV is not None and all(
+            grad_N is None or not bool(grad_N.any()) for grad_N in grads[1 : ctx.differentiable]
+        )
         for rows in _chunks(len(hidden_ND), ctx.chunk_tokens):
-            if ctx.kept_NV is not None and first_alone:
+            if use_kept:
                 grad_CV = scale_rows(ctx.kept_NV[rows].clone(), upstream_JN[0, rows])
             else:
                 logits_CV = _logits(hidden_ND[rows], weight_VD, bias_V, ctx.temperature, ctx.scratch, "student")

@@ -3,7 +3,7 @@
 import pytest
 from omegaconf import OmegaConf
 
-from verl_trb.agent_loops import check_agent_loop
+from verl_trb.agent_loops import check_agent_loop, check_agent_names
 from verl_trb.errors import UserError
 
 
@@ -68,3 +68,23 @@ def test_a_wrong_file_is_refused(loops, text, said):
 def test_a_file_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"loops\.yaml: there is no such file"):
         check_agent_loop(config(tmp_path / "loops.yaml"))
+
+
+def test_rows_may_name_loops_of_their_own(loops):
+    check_agent_names(loops, [{"prompt": []}], config())
+    check_agent_names(loops, [{"agent_name": name} for name in ("silent", "tool_agent")], config(loops))
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"agent_name": "silent"}, {"agent_name": "silnt"}], "row 1, column 'agent_name': silnt: there is no such"),
+        ([{"agent_name": "x"}], "there are silent, loud"),
+        ([{"agent_name": "silent"}, {}], "row 1, column 'agent_name': None is not the name"),
+        ([{"agent_name": ["silent"]}], "row 0, column 'agent_name': ['silent'] is not the name"),
+    ],
+)
+def test_a_row_that_names_none_is_refused(loops, rows, said):
+    with pytest.raises(UserError) as refused:
+        check_agent_names(loops, rows, config(loops))
+    assert said in str(refused.value)

@@ -3,13 +3,16 @@
 import difflib
 import importlib.util
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from verl_trb.errors import UserError
 
 KEY = "actor_rollout_ref.rollout.agent"
+COLUMN = "agent_name"
 ONE_TURN = "single_turn_agent"  # verl's name for its default, known here so that the usual run need not import verl
 
 
@@ -19,16 +22,37 @@ def check_agent_loop(config: DictConfig) -> None:
     Raises UserError. The classes themselves are first seen by verl's rollout workers, which import them.
     """
     agent = config.actor_rollout_ref.rollout.agent
+    default = str(agent.default_agent_loop)
+    _check_name(f"{KEY}.default_agent_loop={default}", default, agent)
+
+
+def check_agent_names(file: Path, rows: Sequence[dict[str, Any]], config: DictConfig) -> None:
+    """Rows that name an agent loop of their own, in verl's column agent_name, name one that there is; else UserError
+    with the first that does not.
+    """
+    if not any(COLUMN in row for row in rows):
+        return
+    names: dict[str, int] = {}  # the first row of each
+    for number, row in enumerate(rows):
+        name = row.get(COLUMN)
+        if not isinstance(name, str):
+            raise UserError(f"{file}: row {number}, column {COLUMN!r}: {name!r} is not the name of an agent loop.")
+        names.setdefault(name, number)
+    for name, number in names.items():
+        _check_name(f"{file}: row {number}, column {COLUMN!r}: {name}", name, config.actor_rollout_ref.rollout.agent)
+
+
+def _check_name(what: str, name: str, agent: DictConfig) -> None:
     own = _listed(agent.agent_loop_config_path) if agent.agent_loop_config_path else []
-    if agent.default_agent_loop in (ONE_TURN, *own) or os.environ.get("VERL_USE_EXTERNAL_MODULES"):
+    if name in (ONE_TURN, *own) or os.environ.get("VERL_USE_EXTERNAL_MODULES"):
         return  # external modules may register any
     from verl.experimental.agent_loop.agent_loop import _agent_loop_registry
 
     names = [*own, *_agent_loop_registry]
-    if agent.default_agent_loop not in names:
-        near = difflib.get_close_matches(str(agent.default_agent_loop), names, n=2)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=2)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}."
-        raise UserError(f"{KEY}.default_agent_loop={agent.default_agent_loop}: there is no such agent loop; {hint}")
+        raise UserError(f"{what}: there is no such agent loop; {hint}")
 
 
 def _listed(path: str) -> list[str]:

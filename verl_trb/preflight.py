@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 from omegaconf import DictConfig
 
-from verl_trb.agent_loops import check_agent_loop
+from verl_trb.agent_loops import check_agent_loop, check_agent_names
 from verl_trb.data_files import check_lengths, check_responses, check_rows, check_special_tokens, files_of, read_rows
 from verl_trb.errors import UserError
 from verl_trb.model_files import Model, find_model
@@ -104,6 +104,7 @@ def _check_data(config: DictConfig, key: str, needed: int) -> None:
     rows = {file: read_rows(file) for file in files}
     for file in files:
         check_rows(file, rows[file], config.data)
+        check_agent_names(file, rows[file], config)
         if key == "train_files" and config.trb.data_share != 0:
             check_responses(file, rows[file], config.trb.data_response)
     student = models(config)[STUDENT]

@@ -9,6 +9,7 @@ acceptance of drafts, is what epsilon alone allows. Stored in bfloat16; computed
 
 from __future__ import annotations
 
+import random
 import shutil
 import sys
 from pathlib import Path
@@ -19,25 +20,20 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from verl_trb.tasks.prepare import write_parquet
+
 VOCABULARY = 32_000
 EOS, PAD, MARKER = 0, 1, 2
 LOGIT_SPREAD = 3.0
-SHAPES = {
-    "student": {
-        "hidden_size": 512,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-    },
-    "teacher": {
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-    },
-}
+
+
+def shape(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> dict[str, int]:
+    """Of a model, as `make_model` takes it."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    return dict(zip(names, (hidden, intermediate, layers, heads, kv_heads), strict=True))
+
+
+SHAPES = {"student": shape(512, 1536, 8, 8, 4), "teacher": shape(1024, 3072, 24, 16, 8)}
 
 
 class Models(NamedTuple):
@@ -91,20 +87,35 @@ def make_model(shape: dict[str, int], seed: int, size: int = VOCABULARY) -> Qwen
     return model.to(torch.bfloat16)
 
 
-def make_models(folder: Path) -> Models:
-    """Both models with their tokenizer under `folder`, unless they are there."""
+def make_models(folder: Path, shapes: dict[str, dict[str, int]] = SHAPES, size: int = VOCABULARY) -> Models:
+    """Both models of `shapes` with their tokenizer of `size` tokens under `folder`, unless they are there."""
     made = Models(folder / "student", folder / "teacher")
     disable_progress_bar()
-    for seed, (name, shape) in enumerate(SHAPES.items()):
-        target = folder / name
+    for seed, target in enumerate(made):
         if target.exists():
             continue
-        draft = folder / f"{name}.part"
+        draft = folder / f"{target.name}.part"
         shutil.rmtree(draft, ignore_errors=True)
-        make_model(shape, seed).save_pretrained(draft)
-        make_tokenizer().save_pretrained(draft)
+        make_model(shapes[target.name], seed, size).save_pretrained(draft)
+        make_tokenizer(size).save_pretrained(draft)
         draft.rename(target)  # a folder that is there is complete
     return made
+
+
+def write_prompts(file: Path, count: int, length: int, size: int = VOCABULARY) -> list[str]:
+    """Rows of verl's data files: `count` random prompts of `length` words. Returns the prompts."""
+    words = random.Random(0)
+    prompts = [" ".join(f"w{words.randrange(4, size)}" for _ in range(length)) for _ in range(count)]
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": text}],
+            "data_source": "random",
+            "reward_model": {"ground_truth": "w4"},
+        }
+        for text in prompts
+    ]
+    write_parquet(file, rows)
+    return prompts
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ class Plain:
         return 1 - sum(s for part in self.worker_parts for _, s in part.take()) / seconds
 
     def measure(self, prompts: list[list[int]], request: dict[str, Any]) -> dict[str, Any]:
-        each = [{"max_tokens": request.get("response", RESPONSE)}] * len(prompts)
+        each = [{"max_tokens": request["response"]}] * len(prompts)
         tokens, seconds = self.generate(prompts, each)
         return {"rate": tokens / seconds, "scheduling": self.scheduling(seconds)}
 
@@ -151,7 +151,7 @@ class Ours(Plain):
     def measure(self, prompts: list[list[int]], request: dict[str, Any]) -> dict[str, Any]:
         from verl_trb.rollout.request import BlendedRequest
 
-        drafts, epsilon, response = request.get("drafts"), request["epsilon"], request.get("response", RESPONSE)
+        drafts, epsilon, response = request.get("drafts"), request["epsilon"], request["response"]
         self.llm.reset_prefix_cache()
         self.rpc("skip_teacher", skipped=epsilon == 0)
         self.rpc("fix_draft_tokens", drafts=drafts)
@@ -209,7 +209,7 @@ class Loop:
 
         from verl_trb.trust_region import blend
 
-        response, start = request.get("response", RESPONSE), CLOCK()
+        response, start = request["response"], CLOCK()
         with torch.inference_mode():
             input_BT, caches = torch.tensor(prompts), [None, None]
             for _ in range(response):

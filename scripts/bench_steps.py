@@ -24,14 +24,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from bench_models import Models, make_model, make_models, make_tokenizer, native_dtype
+from bench_models import VOCABULARY, make_models, native_dtype, shape, write_prompts
 
 SCRIPTS = Path(__file__).parent
 TRL = "trl==1.16.0"
@@ -39,49 +38,23 @@ SIDES = ("vanilla", "trb", "verl", "verl_fast", "trl")
 PROMPT, EPSILON, SKIPPED, LR = 32, 0.02, 2, 1e-5
 SIZES = {"bench": (16, 64), "toy": (32, 32)}  # rollouts, their tokens
 TOY_VOCABULARY = 64
-TOY = {
-    "student": {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 2},
-    "teacher": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4},
-}
+TOY = {"student": shape(64, 176, 2, 2, 1), "teacher": shape(128, 352, 4, 4, 1)}
 TARGETS = [("vanilla", "verl", 0.8), ("trb", "verl", 1.0), ("vanilla", "trl", 0.7), ("trb", "trl", 1.2)]
-
-
-def make_pair(folder: Path, size: str) -> Models:
-    if size == "bench":
-        return make_models(folder / "models")
-    made = Models(folder / "toy" / "student", folder / "toy" / "teacher")
-    for seed, (target, shape) in enumerate(zip(made, TOY.values(), strict=True)):
-        if not target.exists():
-            make_model({**shape, "num_key_value_heads": 1}, seed, TOY_VOCABULARY).save_pretrained(target)
-            make_tokenizer(TOY_VOCABULARY).save_pretrained(target)
-    return made
 
 
 class Bench:
     """The models, prompts and settings that all sides share."""
 
     def __init__(self, folder: Path, size: str, steps: int) -> None:
-        from verl_trb.tasks.prepare import write_parquet
-
         self.folder, self.size, self.steps = folder, size, steps
         self.dtype = native_dtype() if size == "bench" else "float32"
         self.batch, self.response = SIZES[size]
-        self.models = make_pair(folder, size)
-        words = random.Random(0)
-        last = 32_000 if size == "bench" else TOY_VOCABULARY
-        self.prompts = [
-            " ".join(f"w{words.randrange(4, last)}" for _ in range(PROMPT - 1)) for _ in range(self.batch * steps)
-        ]
+        if size == "bench":
+            self.models, vocabulary = make_models(folder / "models"), VOCABULARY
+        else:
+            self.models, vocabulary = make_models(folder / "toy", TOY, TOY_VOCABULARY), TOY_VOCABULARY
         self.data = folder / f"{size}.parquet"
-        rows = [
-            {
-                "prompt": [{"role": "user", "content": text}],
-                "data_source": "random",
-                "reward_model": {"ground_truth": "w4"},
-            }
-            for text in self.prompts
-        ]
-        write_parquet(self.data, rows)
+        self.prompts = write_prompts(self.data, self.batch * steps, PROMPT - 1, vocabulary)
 
     def common(self) -> dict[str, Any]:
         """Settings of verl that both its own run and ours have."""

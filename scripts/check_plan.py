@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from bench_models import make_model, make_tokenizer
+from bench_models import make_models, shape, write_prompts
 
 from verl_trb import composition
 from verl_trb.dry_run import fill_in_prepared
@@ -32,12 +32,6 @@ from verl_trb.planning.job import job_of, workload_of
 from verl_trb.planning.memory import Job, engine, loss_phase, optimizer_phase, resident
 from verl_trb.planning.roofline import tv_bound
 from verl_trb.planning.times import step_time
-
-
-def shape(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> dict[str, int]:
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    return dict(zip(names, (hidden, intermediate, layers, heads, kv_heads), strict=True))
-
 
 # Student and teacher; V = 32,000, tied.
 SIZES = {
@@ -78,36 +72,13 @@ class Measured:
     update: float
 
 
-def make_pair(folder: Path, size: str) -> tuple[Path, Path]:
-    made = folder / size / "student", folder / size / "teacher"
-    for seed, (target, shape_) in enumerate(zip(made, SIZES[size], strict=True)):
-        if not target.exists():
-            make_model(shape_, seed).save_pretrained(target)
-            make_tokenizer().save_pretrained(target)
-    return made
-
-
-def make_data(folder: Path) -> Path:
-    import random
-
-    from verl_trb.tasks.prepare import write_parquet
-
-    words, rows = random.Random(0), []
-    for _ in range(64):
-        text = " ".join(f"w{words.randrange(4, 32_000)}" for _ in range(31))
-        prompt = [{"role": "user", "content": text}]
-        rows.append({"prompt": prompt, "data_source": "random", "reward_model": {"ground_truth": "w4"}})
-    file = folder / "prompts.parquet"
-    write_parquet(file, rows)
-    return file
-
-
 def overrides(folder: Path, size: str) -> list[str]:
     own = [f"{key}={value}" for key, value in OVERRIDES.items()]
     if size == "baseline":
         return ["recipe=quickstart", *own, f"trb.cache_dir={folder}/cache"]
-    student, teacher = make_pair(folder, size)
-    data = make_data(folder)
+    student, teacher = make_models(folder / size, dict(zip(("student", "teacher"), SIZES[size], strict=True)))
+    data = folder / "prompts.parquet"
+    write_prompts(data, 64, 31)
     paths = {"actor_rollout_ref.model.path": student, "trb.teacher.path": teacher, "data.train_files": data,
              "data.val_files": data, "trb.prepare": "null"}  # fmt: skip
     return ["recipe=quickstart", *own, *(f"{key}={value}" for key, value in paths.items())]

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import hydra
 import ray
-import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 from verl.utils.distributed import initialize_global_process_group_ray
@@ -33,16 +32,10 @@ class WorkerExtension(vLLMColocateWorkerExtension):
         return iter(())
 
     def update_weights_from_ipc(self, *args, **kwargs):
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+        from verl_trb.rollout.cpu_reload import layerwise_reload
 
-        from verl_trb.rollout.worker_extension import repack_tied_head
-
-        model = self.model_runner.model
-        with torch.device(self.device):
-            initialize_layerwise_reload(model)
+        with layerwise_reload(self.model_runner.model, self.model_runner.model_config):
             super().update_weights_from_ipc(*args, **kwargs)
-            finalize_layerwise_reload(model, self.model_runner.model_config)
-            repack_tied_head(model)
 
     def _update_weights(self, weights, *args, **kwargs):
         super()._update_weights([(name, tensor.clone()) for name, tensor in weights], *args, **kwargs)

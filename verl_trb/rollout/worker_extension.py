@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from verl.utils.device import get_torch_device
 from verl.workers.rollout.vllm_rollout.utils import monkey_patch_compute_logits, vLLMColocateWorkerExtension
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from verl_trb.policies import get_policy
 from verl_trb.rollout import cpu_kernels  # noqa: F401  registers them in the engine's process
+from verl_trb.rollout.cpu_reload import layerwise_reload
 from verl_trb.rollout.draft_length import DraftLength
 from verl_trb.rollout.drafter import Block, StudentDrafter
 from verl_trb.rollout.padded_student import fit_rows
@@ -123,19 +123,11 @@ class BlendedWorkerExtension(vLLMColocateWorkerExtension):
             yield self.model_runner.drafter.model, self._get_draft_model_config()
 
     def update_weights_from_ipc(self, *args: Any, **kwargs: Any) -> None:
-        """Receive the student's weights from the trainer.
-
-        vLLM's CPU linear layers pack their weights and free the originals, so there a sync goes through
-        vLLM's own layerwise reload.
-        """
-        model = self.model_runner.drafter.model
+        """Receive the student's weights from the trainer."""
         if self.device.type != "cpu":
             return super().update_weights_from_ipc(*args, **kwargs)
-        with torch.device(self.device):
-            initialize_layerwise_reload(model)
+        with layerwise_reload(self.model_runner.drafter.model, self._get_draft_model_config()):
             super().update_weights_from_ipc(*args, **kwargs)
-            finalize_layerwise_reload(model, self._get_draft_model_config())
-            repack_tied_head(model)
         get_torch_device().empty_cache()
 
     def _update_weights(self, weights: list[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any) -> None:
@@ -145,14 +137,3 @@ class BlendedWorkerExtension(vLLMColocateWorkerExtension):
             # The layerwise reload keeps tensors until a layer is complete; the transfer buffer is reused before.
             weights = [(name, tensor.clone()) for name, tensor in weights]
         super()._update_weights(weights, *args, **kwargs)
-
-
-def repack_tied_head(model: Any) -> None:
-    """Pack a tied output layer again after a layerwise reload.
-
-    vLLM's reload loads the embedding, whose weight the output layer shares; but on CPU the output layer computes
-    with a packed copy of its own, which the reload does not know of (its documented limitation 2).
-    """
-    head = model.lm_head
-    if getattr(head, "weight", None) is model.model.embed_tokens.weight:
-        head.quant_method.process_weights_after_loading(head)

@@ -4,14 +4,17 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from verl_trb import prefork
 from verl_trb.prefork import MODULES, template
 
 WORKER = """
@@ -169,6 +172,38 @@ def test_without_a_template_the_client_becomes_the_worker(tmp_path: Path):
         pass
     start_worker(command, tmp_path, tmp_path / "result")
     assert json.loads((tmp_path / "result").read_text())[4] == []
+
+
+def test_a_client_whose_fork_was_faster_becomes_no_second_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The fork closes the connection when it stands, which on a busy machine can be before the client goes on."""
+    path, closed = str(tmp_path / "socket"), threading.Event()
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen()
+
+    def fork() -> None:
+        client, _ = listener.accept()
+        message, streams = prefork._receive(client)
+        for stream in streams:
+            os.close(stream)
+        client.close()
+        closed.set()
+
+    def slow(*args: object, send_fds=socket.send_fds) -> int:
+        sent = send_fds(*args)
+        assert closed.wait(30)
+        return sent
+
+    def second(*args: object) -> None:
+        raise AssertionError("became the worker that the fork is")
+
+    monkeypatch.setattr(prefork.socket, "send_fds", slow)
+    monkeypatch.setattr(prefork.os, "execv", second)
+    thread = threading.Thread(target=fork)
+    thread.start()
+    prefork.request(path, ["worker.py"])
+    thread.join()
+    listener.close()
 
 
 def test_the_template_ends_with_a_killed_driver(tmp_path: Path):

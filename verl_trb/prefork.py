@@ -200,12 +200,16 @@ def _receive(client: socket.socket) -> tuple[dict, list[int]]:
 
 
 def request(path: str, command: list[str]) -> None:
-    """The client: asks the template for a worker; where there is none, becomes the worker itself."""
+    """The client: asks the template for a worker; where there is none, becomes the worker itself.
+
+    Not once it has asked: two workers with one id end Ray's control process.
+    """
     try:
-        with _ask(path, command, [0, 1, 2], stays=False) as server:
-            server.recv(1)  # until the fork stands
+        server = _ask(path, command, [0, 1, 2], stays=False)
     except OSError:
         os.execv(sys.executable, [sys.executable, *command])
+    with server, contextlib.suppress(OSError):
+        server.recv(1)  # until the fork stands
 
 
 def stand_in(path: str, command: list[str]) -> int:
@@ -241,7 +245,8 @@ def _ask(path: str, command: list[str], streams: list[int], stays: bool) -> sock
     server = socket.socket(socket.AF_UNIX)
     server.connect(path)
     sent = socket.send_fds(server, [data], streams)
-    server.sendall(data[sent:])
+    if sent < len(data):  # sending nothing fails where the fork has closed the connection already
+        server.sendall(data[sent:])
     return server
 
 

@@ -37,8 +37,8 @@ from bench_models import VOCABULARY, make_models, native_dtype, shape, write_pro
 SCRIPTS = Path(__file__).parent
 TRL = "trl==1.16.0"
 PROMPT, EPSILON, SKIPPED, LR = 32, 0.02, 2, 1e-5
-GUIDED = {"method": "fixed_epsilon", "trb.epsilon": EPSILON}
-OURS = {
+GUIDED: dict[str, Any] = {"method": "fixed_epsilon", "trb.epsilon": EPSILON}
+OURS: dict[str, dict[str, Any]] = {
     "vanilla": {"method": "vanilla", "trb.loss": "full"},
     "trb": {**GUIDED, "trb.loss": "full"},
     "topk": {**GUIDED, "trb.loss": "topk"},

@@ -70,10 +70,11 @@ class Run:
         self.until(f"checkpoint {step}", lambda: checkpoints.find(self.run_dir / "checkpoints").step >= step)
 
     def send(self, name: str, number: signal.Signals) -> None:
-        """A signal to the run's processes whose title begins with `name`."""
+        """A signal to the run's processes whose title begins with `name`, or whose program is called so."""
         members = psutil.Process().children(recursive=True)  # the workers are the template's
-        hit = [member for member in members if " ".join(member.cmdline()).startswith(name)]
-        assert hit, [" ".join(member.cmdline())[:60] for member in members]
+        titles = {member: member.cmdline() or [""] for member in members}
+        hit = [m for m, title in titles.items() if " ".join(title).startswith(name) or Path(title[0]).name == name]
+        assert hit, [" ".join(title)[:60] for title in titles.values()]
         for member in hit:
             member.send_signal(number)
 
@@ -103,6 +104,21 @@ def test_killed_processes_are_replaced(tmp_path, cache):
         assert said in " ".join(run.screen.split()), run.screen
     assert run.end() == 0, run.screen
     all_steps_are_right(run, 9, restarts=2)
+
+
+def test_rays_own_processes_are_replaced(tmp_path, cache):
+    run = Run(tmp_path / "run", cache, 100_000, "trb.max_restarts=2")
+    kills = [("gcs_server", "Ray's control process (gcs_server at"), ("raylet", "died")]
+    for number, (name, said) in enumerate(kills, start=1):
+        run.until_checkpoint(checkpoints.find(run.run_dir / "checkpoints").step + 2)
+        run.send(name, signal.SIGKILL)
+        run.until_said(f"{number} of at most 2 times")
+        assert said in " ".join(run.screen.split()), run.screen
+    run.until_checkpoint(checkpoints.find(run.run_dir / "checkpoints").step + 2)
+    run.process.send_signal(signal.SIGINT)
+    assert run.end() == 130, run.screen
+    steps = [line["step"] for line in read_metrics(run.run_dir)]
+    assert steps == list(range(1, len(steps) + 1))
 
 
 def test_an_engine_that_hangs_is_replaced(tmp_path, cache):

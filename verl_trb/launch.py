@@ -5,6 +5,7 @@ for its events. Everything the workers print goes to log files.
 """
 
 import contextlib
+import os
 import shutil
 import signal
 import time
@@ -23,13 +24,14 @@ from verl_trb.dry_run import placement_rows
 from verl_trb.errors import ComponentLost, RunError, UserError
 from verl_trb.faults import explain, first_line
 from verl_trb.placement import COLUMNS, shown
-from verl_trb.ray_address import cluster_address
+from verl_trb.ray_address import answers, cluster_address
 from verl_trb.redaction import redact_file, redacted, secrets
 from verl_trb.shared_memory import remove_orphans
 from verl_trb.training.task_runner import DistillationTaskRunner
 
 POLL_SECONDS = 0.25
 LOST_SECONDS = 15.0  # for the trainer to say by itself what a process that has ended means
+HEAD_SECONDS = 15.0  # for Ray's control process to answer again; without it Ray ends every process after 60, unheard
 RAY_STARTS = 3
 SHOWN = ("stage", "step", "warning", "error")  # the others are for the summary
 
@@ -127,6 +129,8 @@ def _start_ray(config: DictConfig, py_executable: str | None, address: str | Non
     if address is not None:
         kwargs = cluster.joining_arguments(kwargs)
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    # Ray's record of past tasks, for its dashboard: 100,000 by default, which are 400 MB after 7,000 steps.
+    os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", "10000")
     others = set(psutil.Process().children(recursive=True))
     for attempt in range(1, RAY_STARTS + 1):
         try:
@@ -171,6 +175,8 @@ def _follow(runner: Any, config: DictConfig, display: Display, restarts: int) ->
     running = runner.run.remote(told, restarts)
     seen, doing, heard = 0, "the trainer's start", time.monotonic()
     lost, lost_at = "", 0.0
+    head, head_asked = ray.get_runtime_context().gcs_address, time.monotonic()
+    head_heard = head_asked
     while True:
         done, _ = ray.wait([running], timeout=POLL_SECONDS)
         events = _events(runner, seen)
@@ -187,6 +193,11 @@ def _follow(runner: Any, config: DictConfig, display: Display, restarts: int) ->
             break
         if lost and time.monotonic() - lost_at > LOST_SECONDS:
             raise ComponentLost(lost)
+        if time.monotonic() - head_asked > HEAD_SECONDS / 3:
+            head_asked = time.monotonic()
+            head_heard = head_asked if answers(head) else head_heard
+        if time.monotonic() - head_heard > HEAD_SECONDS:
+            raise ComponentLost(f"Ray's control process (gcs_server at {head}) ended during {doing}")
         if time.monotonic() - heard > config.trb.stall_seconds:
             limit = f"{config.trb.stall_seconds:g} s (trb.stall_seconds)"
             raise ComponentLost(f"nothing has moved for {limit}; what the run was at: {doing}")
@@ -213,7 +224,7 @@ def _stop_ray(run_dir: Path, known: set[str]) -> None:
     own, logs = node.is_head(), Path(node.get_logs_dir_path())  # a cluster that stood before keeps its own
     target = run_dir / "logs" / time.strftime("%Y%m%d-%H%M%S")
     target.mkdir(parents=True, exist_ok=True)
-    if not own:
+    if not own and answers(ray.get_runtime_context().gcs_address):
         cluster.collect_logs(cluster.nodes(), target)
         for file in filter(Path.is_file, target.rglob("*")):
             redact_file(file, known)

@@ -20,7 +20,7 @@ from verl_trb.agent_loops import check_agent_loop, check_agent_names
 from verl_trb.data_files import check_lengths, check_responses, check_rows, check_special_tokens, files_of, read_rows
 from verl_trb.errors import UserError
 from verl_trb.model_files import Model, find_model
-from verl_trb.ray_address import cluster_address, cluster_record, recorded_cluster
+from verl_trb.ray_address import answers, cluster_address, cluster_record, recorded_cluster
 from verl_trb.rewards.function import check_reward_function
 from verl_trb.setting_checks import (
     ROLLOUT,
@@ -235,10 +235,10 @@ def check_ray(config: DictConfig) -> None:
             "trb.prefork=true is for a Ray of its own on this machine; set ray_kwargs.ray_init.address=local, or "
             "trb.prefork=false."
         )
-    if (named := os.environ.get("RAY_ADDRESS")) not in (None, "", "local", "auto") and not _answers(named):
+    if (named := os.environ.get("RAY_ADDRESS")) not in (None, "", "local", "auto") and not answers(named):
         raise UserError(f"RAY_ADDRESS={named} does not answer; unset it, or start that Ray cluster.")
     address = cluster_address(config)
-    if address not in (None, "auto") and not _answers(address):
+    if address not in (None, "auto") and not answers(address):
         if address == recorded_cluster() and ray_init.get("address") is None:
             raise UserError(
                 f"{cluster_record()} names a Ray session, {address}, that no longer answers; run `ray stop` or remove "
@@ -339,15 +339,6 @@ def _tokenizer(key: str, folder: Path | str) -> Any:
     except Exception as error:  # transformers raises many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{key}: the tokenizer in {folder} cannot be loaded ({reason}).") from None
-
-
-def _answers(address: str) -> bool:
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=3).close()
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _free(port: int) -> bool:

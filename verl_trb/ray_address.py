@@ -1,6 +1,7 @@
 """Which Ray a run uses: one of its own, or a cluster that stands. Imports no Ray."""
 
 import os
+import socket
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -29,3 +30,13 @@ def recorded_cluster() -> str:
 def cluster_record() -> Path:
     """The file in which `ray start` writes its address."""
     return Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+
+
+def answers(address: str) -> bool:
+    """Whether something takes connections at HOST:PORT, with or without ray:// before it."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=3).close()
+    except (OSError, ValueError):
+        return False
+    return True

@@ -4,11 +4,11 @@
 
 Every few seconds it samples, over the driver and all processes below it: resident memory, open files, threads,
 processes, processor time, and the named segments of shared memory they have mapped; every two minutes the objects in
-Ray's store; from metrics.jsonl the step time. (The processor time a step grows with the work, whatever else the machine
-does; the step time also with its load.) After a warm-up (the first quarter) each series is cut into ten blocks and a
-line is fitted through the blocks' means: its slope an hour, with a 95% confidence interval (Student's t, 8 degrees of
-freedom; blocks, because neighbouring samples are not independent). "GROWS" means: the interval lies above 0 and an
-hour's growth is more than 2% of the mean.
+Ray's store; from metrics.jsonl the step time; and the memory of each process without files and shared memory. (The
+processor time a step grows with the work, whatever else the machine does; the step time also with its load.) After a
+warm-up (the first quarter) each series is cut into ten blocks and a line is fitted through the blocks' means: its slope
+an hour, with a 95% confidence interval (Student's t, 8 degrees of freedom; blocks, because neighbouring samples are not
+independent). "GROWS" means: the interval lies above 0 and an hour's growth is more than 2% of the mean.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -59,12 +60,13 @@ def family(process: subprocess.Popen) -> list[psutil.Process]:
     return [root, *root.children(recursive=True)]
 
 
-def sample(process: subprocess.Popen, used: dict[int, float]) -> dict[str, float | None]:
+def sample(process: subprocess.Popen, used: dict[int, float]) -> dict[str, Any]:
     """One sample of everything that is cheap; processes that end meanwhile are left out.
 
     `used`: process id -> its processor seconds so far, brought up to date.
     """
     rss, files, threads, seen = [], 0, 0, 0
+    each: dict[int, tuple[str, float]] = {}  # process id -> title, MiB of its own
     segments: dict[str, int] = {}
     for member in family(process):
         try:
@@ -74,6 +76,8 @@ def sample(process: subprocess.Popen, used: dict[int, float]) -> dict[str, float
                 files += member.num_fds()
                 threads += member.num_threads()
                 seen += 1
+            anonymous = Path(f"/proc/{member.pid}/status").read_text().partition("RssAnon:")[2].split()[0]
+            each[member.pid] = " ".join(member.cmdline())[:60], int(anonymous) / 1024
             for line in Path(f"/proc/{member.pid}/maps").read_text().splitlines():
                 path = line[line.index("/dev/shm/") :] if "/dev/shm/" in line else ""
                 if path and path not in segments and os.path.exists(path):
@@ -87,6 +91,7 @@ def sample(process: subprocess.Popen, used: dict[int, float]) -> dict[str, float
         "threads": threads,
         "processes": seen,
         "shared_mib": sum(segments.values()) / 2**20,
+        "each": each,
     }
 
 
@@ -94,17 +99,19 @@ def ray_objects(process: subprocess.Popen) -> float | None:
     """Objects that Ray's store on this machine holds, asked of the run's own Ray by its raylet's metrics."""
     for member in family(process):
         try:
-            command = " ".join(member.cmdline())
+            title = " ".join(member.cmdline())
         except psutil.Error:
             continue
-        if "/raylet/raylet" in command and "--gcs-address=" in command:
-            address = command.split("--gcs-address=")[1].split()[0]
+        if "/raylet/raylet" in title and "--gcs-address=" in title:
+            address = title.split("--gcs-address=")[1].split()[0]
             code = (
                 "from ray._private.internal_api import get_memory_info_reply, get_state_from_address\n"
                 f"reply = get_memory_info_reply(get_state_from_address({address!r}))\n"
                 "print('OBJECTS', reply.store_stats.num_local_objects)"
             )
-            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+            environment = {**os.environ, "RAY_AUTH_MODE": "token"}  # the run's Ray asks for it
+            command = [sys.executable, "-c", code]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
             found = [line for line in done.stdout.splitlines() if line.startswith("OBJECTS")]
             return float(found[-1].split()[1]) if found else None
     return None
@@ -122,9 +129,12 @@ def slope(hours: np.ndarray, values: np.ndarray) -> tuple[float, float, float]:
     return fit.slope, fit.slope - half, fit.slope + half
 
 
-def series(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Name -> (hours since the start, values), without the first quarter."""
-    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+def read(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
+def series(samples: list[dict[str, Any]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Name -> (hours since the start, values)."""
     found = {}
     for name in NAMES:
         pairs = [(one["t"] / 3600, one[name]) for one in samples if one.get(name) is not None]
@@ -133,9 +143,39 @@ def series(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return found
 
 
+def of_processes(samples: list[dict[str, Any]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The same of the memory of each process that is there from the first quarter to the end."""
+    of_each: dict[str, list[tuple[float, str, float]]] = {}
+    for one in samples:
+        for pid, (title, size) in one.get("each", {}).items():
+            of_each.setdefault(pid, []).append((one["t"] / 3600, title, size))
+    if not of_each:
+        return {}
+    end = samples[-1]["t"] / 3600
+    whole = {pid: rows for pid, rows in of_each.items() if rows[0][0] < end / 4 and rows[-1][0] > 0.95 * end}
+    return {
+        f"{rows[0][1].split()[0].rpartition('/')[2]} ({pid})": (
+            np.array([row[0] for row in rows]),
+            np.array([row[2] for row in rows]),
+        )
+        for pid, rows in whole.items()
+    }
+
+
+def verdict(words: str, hours: np.ndarray, values: np.ndarray) -> tuple[float, bool]:
+    """Prints a line of the table for what is later than the first quarter; the slope, and whether it grows."""
+    late = hours >= hours[-1] / 4
+    fitted, low, high = slope(hours[late], values[late])
+    mean = values[late].mean()
+    grows = bool(low > 0 and fitted > TOLERANCE * mean)
+    print(f"{words:38} {mean:9.2f} {fitted:+14.3f}   [{low:+.3f}, {high:+.3f}]   {'GROWS' if grows else 'flat'}")
+    return fitted, grows
+
+
 def report(folder: Path) -> int:
     """Prints the table, draws soak.png; the number of series that grow."""
-    found = series(folder)
+    samples = read(folder)
+    found = series(samples)
     growing = 0
     figure, axes = plt.subplots(3, 3, figsize=(13, 9.5), constrained_layout=True)
     print(f"{'':38} {'mean':>9} {'slope an hour':>14}   95% interval")
@@ -145,19 +185,19 @@ def report(folder: Path) -> int:
             axis.text(0.5, 0.5, "not sampled", ha="center", transform=axis.transAxes)
             continue
         hours, values = found[name]
+        fitted, grows = verdict(words, hours, values)
+        growing += grows
         start = hours[-1] / 4
         late = hours >= start
-        fitted, low, high = slope(hours[late], values[late])
         mean = values[late].mean()
-        grows = low > 0 and fitted > TOLERANCE * mean
-        growing += grows
-        print(f"{words:38} {mean:9.2f} {fitted:+14.3f}   [{low:+.3f}, {high:+.3f}]   {'GROWS' if grows else 'flat'}")
         axis.plot(60 * hours, values, ".", markersize=2, color="tab:blue", alpha=0.5)
         axis.plot(60 * hours[late], mean + fitted * (hours[late] - hours[late].mean()), color="tab:red")
         axis.axvline(60 * start, color="gray", linestyle=":")
         axis.set_ylim(0, 1.15 * max(values.max(), 1e-9))
         axis.set_xlabel("minutes", fontsize=9)
     figure.savefig(folder / "soak.png", dpi=110)
+    for name, (hours, values) in sorted(of_processes(samples).items()):
+        growing += verdict(f"own memory of {name}, MiB"[:38], hours, values)[1]
     steps = len(found["step_seconds"][0]) if "step_seconds" in found else 0
     print(f"{steps} steps in {60 * max(hours[-1] for hours, _ in found.values()):.0f} minutes; {folder / 'soak.png'}")
     return growing
@@ -189,7 +229,7 @@ def main() -> int:
                 if not metrics.exists():
                     continue
                 began = began or time.monotonic()
-                line = sample(process, used)
+                line: dict[str, Any] = sample(process, used)
                 if time.monotonic() - asked > 120:
                     asked = time.monotonic()
                     line["ray_objects"] = ray_objects(process)

@@ -13,6 +13,7 @@ COMPONENTS = {
     "AgentLoopWorkerTQ": "a rollout worker",  # the same one: Ray names a subclass of an actor class by its base
     "BlendedHttpServer": "the rollout engine's server",
     "RewardLoopWorker": "a reward worker",
+    "GlobalRequestLoadBalancer": "the load balancer of the rollout engines",
     "DistillationTaskRunner": "the trainer",
     "TransferQueueController": "the transfer queue",
     "SimpleStorageUnit": "the transfer queue's storage",

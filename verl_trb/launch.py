@@ -175,8 +175,7 @@ def _follow(runner: Any, config: DictConfig, display: Display, restarts: int) ->
     running = runner.run.remote(told, restarts)
     seen, doing, heard = 0, "the trainer's start", time.monotonic()
     lost, lost_at = "", 0.0
-    head, head_asked = ray.get_runtime_context().gcs_address, time.monotonic()
-    head_heard = head_asked
+    head = _Head()
     while True:
         done, _ = ray.wait([running], timeout=POLL_SECONDS)
         events = _events(runner, seen)
@@ -193,11 +192,8 @@ def _follow(runner: Any, config: DictConfig, display: Display, restarts: int) ->
             break
         if lost and time.monotonic() - lost_at > LOST_SECONDS:
             raise ComponentLost(lost)
-        if time.monotonic() - head_asked > HEAD_SECONDS / 3:
-            head_asked = time.monotonic()
-            head_heard = head_asked if answers(head) else head_heard
-        if time.monotonic() - head_heard > HEAD_SECONDS:
-            raise ComponentLost(f"Ray's control process (gcs_server at {head}) ended during {doing}")
+        if head.has_gone():
+            raise ComponentLost(f"Ray's control process (gcs_server at {head.address}) ended during {doing}")
         if time.monotonic() - heard > config.trb.stall_seconds:
             limit = f"{config.trb.stall_seconds:g} s (trb.stall_seconds)"
             raise ComponentLost(f"nothing has moved for {limit}; what the run was at: {doing}")
@@ -205,6 +201,22 @@ def _follow(runner: Any, config: DictConfig, display: Display, restarts: int) ->
         ray.get(running)
     except ray.exceptions.RayError as error:
         raise explain(error, doing) from None
+
+
+class _Head:
+    """Ray's control process, which takes connections while it lives."""
+
+    def __init__(self) -> None:
+        self.address = ray.get_runtime_context().gcs_address
+        self.asked = self.heard = time.monotonic()
+        self.reachable = answers(self.address)  # a driver outside the cluster may not reach it
+
+    def has_gone(self) -> bool:
+        """It has not answered for HEAD_SECONDS; asked a few times in them."""
+        if self.reachable and time.monotonic() - self.asked > HEAD_SECONDS / 3:
+            self.asked = time.monotonic()
+            self.heard = self.asked if answers(self.address) else self.heard
+        return self.asked - self.heard >= HEAD_SECONDS
 
 
 def _events(runner: Any, seen: int) -> list[dict[str, Any]]:

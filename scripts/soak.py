@@ -66,18 +66,17 @@ def sample(process: subprocess.Popen, used: dict[int, float]) -> dict[str, Any]:
     `used`: process id -> its processor seconds so far, brought up to date.
     """
     rss, files, threads, seen = [], 0, 0, 0
-    each: dict[int, tuple[str, float]] = {}  # process id -> title, MiB of its own
+    each: dict[int, tuple[str, float, int, int]] = {}  # process id -> title, MiB of its own, files, threads
     segments: dict[str, int] = {}
     for member in family(process):
         try:
             with member.oneshot():
                 used[member.pid] = sum(member.cpu_times()[:2])
                 rss.append(member.memory_info().rss / 2**20)
-                files += member.num_fds()
-                threads += member.num_threads()
-                seen += 1
+                counts = member.num_fds(), member.num_threads()
+                files, threads, seen = files + counts[0], threads + counts[1], seen + 1
             anonymous = Path(f"/proc/{member.pid}/status").read_text().partition("RssAnon:")[2].split()[0]
-            each[member.pid] = " ".join(member.cmdline())[:60], int(anonymous) / 1024
+            each[member.pid] = " ".join(member.cmdline())[:60], int(anonymous) / 1024, *counts
             for line in Path(f"/proc/{member.pid}/maps").read_text().splitlines():
                 path = line[line.index("/dev/shm/") :] if "/dev/shm/" in line else ""
                 if path and path not in segments and os.path.exists(path):
@@ -144,22 +143,20 @@ def series(samples: list[dict[str, Any]]) -> dict[str, tuple[np.ndarray, np.ndar
 
 
 def of_processes(samples: list[dict[str, Any]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The same of the memory of each process that is there from the first quarter to the end."""
-    of_each: dict[str, list[tuple[float, str, float]]] = {}
+    """The same of what each process has by itself, if it is there from the first quarter to the end."""
+    of_each: dict[str, list[list[Any]]] = {}
     for one in samples:
-        for pid, (title, size) in one.get("each", {}).items():
-            of_each.setdefault(pid, []).append((one["t"] / 3600, title, size))
-    if not of_each:
-        return {}
-    end = samples[-1]["t"] / 3600
-    whole = {pid: rows for pid, rows in of_each.items() if rows[0][0] < end / 4 and rows[-1][0] > 0.95 * end}
-    return {
-        f"{rows[0][1].split()[0].rpartition('/')[2]} ({pid})": (
-            np.array([row[0] for row in rows]),
-            np.array([row[2] for row in rows]),
-        )
-        for pid, rows in whole.items()
-    }
+        for pid, (title, *values) in one.get("each", {}).items():
+            of_each.setdefault(pid, []).append([one["t"] / 3600, title, *values])
+    found = {}
+    for pid, rows in of_each.items():
+        end = samples[-1]["t"] / 3600
+        if rows[0][0] < end / 4 and rows[-1][0] > 0.95 * end:
+            hours, titles, *columns = zip(*rows, strict=True)
+            name = f"{titles[0].partition(' ')[0].rpartition('/')[2]} ({pid})"
+            for what, values in zip(("MiB", "files", "threads"), columns, strict=True):
+                found[f"{name}, {what}"] = np.array(hours), np.array(values, dtype=float)
+    return found
 
 
 def verdict(words: str, hours: np.ndarray, values: np.ndarray) -> tuple[float, bool]:
@@ -168,7 +165,7 @@ def verdict(words: str, hours: np.ndarray, values: np.ndarray) -> tuple[float, b
     fitted, low, high = slope(hours[late], values[late])
     mean = values[late].mean()
     grows = bool(low > 0 and fitted > TOLERANCE * mean)
-    print(f"{words:38} {mean:9.2f} {fitted:+14.3f}   [{low:+.3f}, {high:+.3f}]   {'GROWS' if grows else 'flat'}")
+    print(f"{words:48} {mean:9.2f} {fitted:+14.3f}   [{low:+.3f}, {high:+.3f}]   {'GROWS' if grows else 'flat'}")
     return fitted, grows
 
 
@@ -178,7 +175,7 @@ def report(folder: Path) -> int:
     found = series(samples)
     growing = 0
     figure, axes = plt.subplots(3, 3, figsize=(13, 9.5), constrained_layout=True)
-    print(f"{'':38} {'mean':>9} {'slope an hour':>14}   95% interval")
+    print(f"{'':48} {'mean':>9} {'slope an hour':>14}   95% interval")
     for axis, (name, words) in zip(axes.flat, NAMES.items(), strict=True):
         axis.set_title(words, fontsize=10)
         if name not in found:
@@ -197,7 +194,7 @@ def report(folder: Path) -> int:
         axis.set_xlabel("minutes", fontsize=9)
     figure.savefig(folder / "soak.png", dpi=110)
     for name, (hours, values) in sorted(of_processes(samples).items()):
-        growing += verdict(f"own memory of {name}, MiB"[:38], hours, values)[1]
+        growing += verdict(name, hours, values)[1]
     steps = len(found["step_seconds"][0]) if "step_seconds" in found else 0
     print(f"{steps} steps in {60 * max(hours[-1] for hours, _ in found.values()):.0f} minutes; {folder / 'soak.png'}")
     return growing

@@ -66,7 +66,7 @@ def sample(process: subprocess.Popen, used: dict[int, float]) -> dict[str, Any]:
     `used`: process id -> its processor seconds so far, brought up to date.
     """
     rss, files, threads, seen = [], 0, 0, 0
-    each: dict[int, tuple[str, float, int, int]] = {}  # process id -> title, MiB of its own, files, threads
+    each: dict[int, tuple[str, float, int, int]] = {}  # process id -> program, MiB of its own, files, threads
     segments: dict[str, int] = {}
     for member in family(process):
         try:
@@ -76,7 +76,8 @@ def sample(process: subprocess.Popen, used: dict[int, float]) -> dict[str, Any]:
                 counts = member.num_fds(), member.num_threads()
                 files, threads, seen = files + counts[0], threads + counts[1], seen + 1
             anonymous = Path(f"/proc/{member.pid}/status").read_text().partition("RssAnon:")[2].split()[0]
-            each[member.pid] = " ".join(member.cmdline())[:60], int(anonymous) / 1024, *counts
+            program = " ".join(member.cmdline()).partition(" ")[0].rpartition("/")[2]
+            each[member.pid] = program, int(anonymous) / 1024, *counts
             for line in Path(f"/proc/{member.pid}/maps").read_text().splitlines():
                 path = line[line.index("/dev/shm/") :] if "/dev/shm/" in line else ""
                 if path and path not in segments and os.path.exists(path):
@@ -153,7 +154,7 @@ def of_processes(samples: list[dict[str, Any]]) -> dict[str, tuple[np.ndarray, n
         end = samples[-1]["t"] / 3600
         if rows[0][0] < end / 4 and rows[-1][0] > 0.95 * end:
             hours, titles, *columns = zip(*rows, strict=True)
-            name = f"{titles[0].partition(' ')[0].rpartition('/')[2]} ({pid})"
+            name = f"{titles[0]} ({pid})"
             for what, values in zip(("MiB", "files", "threads"), columns, strict=True):
                 found[f"{name}, {what}"] = np.array(hours), np.array(values, dtype=float)
     return found

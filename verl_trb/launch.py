@@ -128,9 +128,10 @@ def _start_ray(config: DictConfig, py_executable: str | None, address: str | Non
         runtime_env["py_executable"] = py_executable
     if address is not None:
         kwargs = cluster.joining_arguments(kwargs)
+    else:
+        # Ray's record of past tasks, for its dashboard: 100,000 by default, which are 400 MB after 7,000 steps.
+        os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", "10000")
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
-    # Ray's record of past tasks, for its dashboard: 100,000 by default, which are 400 MB after 7,000 steps.
-    os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", "10000")
     others = set(psutil.Process().children(recursive=True))
     for attempt in range(1, RAY_STARTS + 1):
         try:

@@ -1,6 +1,5 @@
 """New weights for a model that vLLM serves on a CPU, whose layers have packed their weights and freed the originals."""
 
-import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +20,6 @@ def layerwise_reload(model: Any, model_config: Any) -> Iterator[None]:
         yield
         finalize_layerwise_reload(model, model_config)
         _repack_tied_head(model)
-    _give_back_memory()
 
 
 def _repack_tied_head(model: Any) -> None:
@@ -33,10 +31,3 @@ def _repack_tied_head(model: Any) -> None:
     head = model.lm_head
     if getattr(head, "weight", None) is model.model.embed_tokens.weight:
         head.quant_method.process_weights_after_loading(head)
-
-
-def _give_back_memory() -> None:
-    """Free pages to the system: what reloads leave in glibc's heap is in pieces that it keeps, 2 KB of them a step."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's own
-    if trim is not None:
-        trim(0)

@@ -3,7 +3,7 @@
 import difflib
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ def check_agent_loop(config: DictConfig) -> None:
     """
     agent = config.actor_rollout_ref.rollout.agent
     default = str(agent.default_agent_loop)
-    _check_name(f"{KEY}.default_agent_loop={default}", default, agent)
+    _check_names({default: f"{KEY}.default_agent_loop={default}"}, agent)
 
 
 def check_agent_names(file: Path, rows: Sequence[dict[str, Any]], config: DictConfig) -> None:
@@ -32,27 +32,28 @@ def check_agent_names(file: Path, rows: Sequence[dict[str, Any]], config: DictCo
     """
     if not any(COLUMN in row for row in rows):
         return
-    names: dict[str, int] = {}  # the first row of each
+    named: dict[str, str] = {}  # by the first row of each
     for number, row in enumerate(rows):
         name = row.get(COLUMN)
         if not isinstance(name, str):
             raise UserError(f"{file}: row {number}, column {COLUMN!r}: {name!r} is not the name of an agent loop.")
-        names.setdefault(name, number)
-    for name, number in names.items():
-        _check_name(f"{file}: row {number}, column {COLUMN!r}: {name}", name, config.actor_rollout_ref.rollout.agent)
+        named.setdefault(name, f"{file}: row {number}, column {COLUMN!r}: {name}")
+    _check_names(named, config.actor_rollout_ref.rollout.agent)
 
 
-def _check_name(what: str, name: str, agent: DictConfig) -> None:
+def _check_names(named: Mapping[str, str], agent: DictConfig) -> None:
+    """named: name of an agent loop -> what names it."""
     own = _listed(agent.agent_loop_config_path) if agent.agent_loop_config_path else []
-    if name in (ONE_TURN, *own) or os.environ.get("VERL_USE_EXTERNAL_MODULES"):
+    if {*named} <= {ONE_TURN, *own} or os.environ.get("VERL_USE_EXTERNAL_MODULES"):
         return  # external modules may register any
     from verl.experimental.agent_loop.agent_loop import _agent_loop_registry
 
     names = [*own, *_agent_loop_registry]
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=2)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}."
-        raise UserError(f"{what}: there is no such agent loop; {hint}")
+    for name, what in named.items():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=2)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}."
+            raise UserError(f"{what}: there is no such agent loop; {hint}")
 
 
 def _listed(path: str) -> list[str]:

@@ -152,3 +152,35 @@ def test_two_syncs_in_bfloat16(tmp_path: Path, tied: bool) -> None:
     torch.set_num_threads(1)
     with engine(make_pair(tmp_path, tied=tied), draft_tokens=2, dtype="bfloat16") as blended:
         check_two_syncs(blended, tied, torch.bfloat16, most=1.0, mean=0.08)
+
+
+def test_the_resource_tracker_is_not_told_of_the_trainers_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outside `untracked_segments` it is told: when that fails, Python or verl has mended it, and the patch can go."""
+    from multiprocessing import resource_tracker, shared_memory
+
+    from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import rebuild_shared_memory
+
+    from verl_trb.rollout.cpu_reload import untracked_segments
+
+    told: list[tuple[str, str]] = []
+
+    def opened(name: str) -> list[tuple[str, str]]:
+        told.clear()
+        tensor, opened = rebuild_shared_memory(name, 64)
+        del tensor
+        opened.close()
+        return list(told)
+
+    trainers = shared_memory.SharedMemory(create=True, size=64)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(resource_tracker, "register", lambda *arguments: told.append(arguments))
+            assert [kind for _, kind in opened(trainers.name)] == ["shared_memory"]
+            with untracked_segments():
+                assert opened(trainers.name) == []
+                resource_tracker.register("/a", "semaphore")
+            assert told == [("/a", "semaphore")]
+            assert [kind for _, kind in opened(trainers.name)] == ["shared_memory"]
+    finally:
+        trainers.close()
+        trainers.unlink()

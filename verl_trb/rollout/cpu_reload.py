@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import Any
+from unittest import mock
 
 import torch
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -20,6 +22,24 @@ def layerwise_reload(model: Any, model_config: Any) -> Iterator[None]:
         yield
         finalize_layerwise_reload(model, model_config)
         _repack_tied_head(model)
+
+
+@contextmanager
+def untracked_segments() -> Iterator[None]:
+    """Shared memory that is opened within it belongs to whoever made it: this process's resource tracker is not told.
+
+    Python before 3.13 tells it of every segment, and takes back only what this process unlinks; each weight sync opens
+    one that the trainer made and unlinks. The tracker would grow, and at the end complain of thousands of leaks. verl
+    opens the segment, and `SharedMemory` has no argument for this before 3.13: nothing but a patch reaches it.
+    """
+    register = resource_tracker.register
+
+    def but_segments(name: str, kind: str) -> None:
+        if kind != "shared_memory":
+            register(name, kind)
+
+    with mock.patch.object(resource_tracker, "register", but_segments):
+        yield
 
 
 def _repack_tied_head(model: Any) -> None:

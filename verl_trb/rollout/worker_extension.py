@@ -12,7 +12,7 @@ from verl.workers.rollout.vllm_rollout.utils import monkey_patch_compute_logits,
 
 from verl_trb.policies import get_policy
 from verl_trb.rollout import cpu_kernels  # noqa: F401  registers them in the engine's process
-from verl_trb.rollout.cpu_reload import layerwise_reload
+from verl_trb.rollout.cpu_reload import layerwise_reload, untracked_segments
 from verl_trb.rollout.draft_length import DraftLength
 from verl_trb.rollout.drafter import Block, StudentDrafter
 from verl_trb.rollout.padded_student import fit_rows
@@ -126,7 +126,7 @@ class BlendedWorkerExtension(vLLMColocateWorkerExtension):
         """Receive the student's weights from the trainer."""
         if self.device.type != "cpu":
             return super().update_weights_from_ipc(*args, **kwargs)
-        with layerwise_reload(self.model_runner.drafter.model, self._get_draft_model_config()):
+        with untracked_segments(), layerwise_reload(self.model_runner.drafter.model, self._get_draft_model_config()):
             super().update_weights_from_ipc(*args, **kwargs)
         get_torch_device().empty_cache()
 

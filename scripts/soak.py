@@ -212,6 +212,7 @@ def main() -> int:
     folder = arguments.folder.absolute()
     if arguments.report:
         return min(report(folder), 1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the run ends with its watcher
     folder.mkdir(parents=True, exist_ok=True)
     run_dir = folder / "run"
     command = [sys.executable, "-m", "verl_trb.main", *SETTINGS, "trainer.total_training_steps=1000000"]

@@ -166,9 +166,9 @@ def test_the_resource_tracker_is_not_told_of_the_trainers_segments(monkeypatch: 
 
     def opened(name: str) -> list[tuple[str, str]]:
         told.clear()
-        tensor, opened = rebuild_shared_memory(name, 64)
+        tensor, segment = rebuild_shared_memory(name, 64)
         del tensor
-        opened.close()
+        segment.close()
         return list(told)
 
     trainers = shared_memory.SharedMemory(create=True, size=64)

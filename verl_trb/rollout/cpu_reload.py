@@ -29,8 +29,8 @@ def untracked_segments() -> Iterator[None]:
     """Shared memory that is opened within it belongs to whoever made it: this process's resource tracker is not told.
 
     Python before 3.13 tells it of every segment, and takes back only what this process unlinks; each weight sync opens
-    one that the trainer made and unlinks. The tracker would grow, and at the end complain of thousands of leaks. verl
-    opens the segment, and `SharedMemory` has no argument for this before 3.13: nothing but a patch reaches it.
+    one that the trainer made and unlinks, so the tracker would grow. verl opens the segment, and `SharedMemory` has no
+    argument for this before 3.13: nothing but a patch reaches it.
     """
     register = resource_tracker.register
 

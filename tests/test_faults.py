@@ -81,6 +81,9 @@ class Run:
     def end(self) -> int:
         code = self.process.wait(timeout=TIMEOUT)
         assert "Traceback" not in self.screen, self.screen
+        (template,) = (child for child in psutil.Process().children() if "verl_trb.prefork" in child.cmdline())
+        _, left = psutil.wait_procs(template.children(recursive=True), timeout=30)
+        assert not left, "processes of the run that it left behind"
         return code
 
 

@@ -26,6 +26,7 @@ EXECUTABLE = "VERL_TRB_EXECUTABLE"  # environment variable of the workers: an in
 STAND_IN = "--stand-in"
 STARTS = "multiprocessing.spawn"  # in the command of a process of multiprocessing's
 MOST_STREAMS = 250  # of one message; the kernel's limit is 253
+PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that a process gets when its parent ends
 SHARED = "VERL_TRB_TEMPLATE"  # environment variable: environment and py_executable of a template that stands
 # What verl and vLLM import, but neither Ray nor verl themselves: they read their environment when imported.
 MODULES = (
@@ -98,6 +99,7 @@ def template(environment: Mapping[str, str], log: str) -> Iterator[str]:
 
 def serve(listener: socket.socket) -> None:
     """Imports, then forks a worker for every client until standard input ends."""
+    import ctypes
     import gc
     import importlib
     import select
@@ -108,20 +110,40 @@ def serve(listener: socket.socket) -> None:
     gc.collect()
     gc.freeze()  # or the collector would touch, and so copy, every page in every fork
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
+    library = ctypes.CDLL(None)
+    watched: dict[int, socket.socket] = {}  # forks with a stand-in: process descriptor -> connection to the stand-in
     while True:
-        ready, _, _ = select.select([listener, sys.stdin], [], [])
+        ready, _, _ = select.select([listener, sys.stdin, *watched, *watched.values()], [], [])
         if sys.stdin in ready:
             return
+        for process, client in list(watched.items()):
+            if client in ready:  # the stand-in has gone; the fork may be one that hangs, or is stopped
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(process, signal.SIGKILL)
+            if client in ready or process in ready:
+                os.close(process)
+                watched.pop(process).close()
+        if listener not in ready:
+            continue
         client, _ = listener.accept()
         message, streams = _receive(client)
-        if os.fork() == 0:
+        fork = os.fork()
+        if fork == 0:
             listener.close()
+            for process, other in watched.items():
+                os.close(process)
+                other.close()
             os.setpgid(0, 0)  # Ray ends the process group of a worker that has gone: it must hold no other's workers
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            if message["stays"]:
+                library.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # without the template nobody watches the stand-in
             _become(message, streams, client)
         for stream in streams:
             os.close(stream)
-        client.close()
+        if message["stays"]:
+            watched[os.pidfd_open(fork)] = client
+        else:
+            client.close()
 
 
 def _become(message: dict, streams: list[int], client: socket.socket) -> None:
@@ -154,7 +176,6 @@ def _become(message: dict, streams: list[int], client: socket.socket) -> None:
         np.random.seed()  # Python's own generator does this by itself
         if message["stays"]:
             client.sendall(f"{os.getpid()}\n".encode())
-            _end_with(client)
         else:
             client.close()
         sys.argv = message["command"]
@@ -177,18 +198,6 @@ def _become(message: dict, streams: list[int], client: socket.socket) -> None:
         with contextlib.suppress(OSError):
             client.sendall(f"{code}\n".encode())
         os._exit(code)
-
-
-def _end_with(client: socket.socket) -> None:
-    """Ends this process when its stand-in has gone."""
-    import signal
-    import threading
-
-    def wait() -> None:
-        client.recv(1)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def _receive(client: socket.socket) -> tuple[dict, list[int]]:
@@ -235,7 +244,7 @@ def stand_in(path: str, command: list[str]) -> int:
     while os.getppid() == parent:
         if select.select([server], [], [], 1.0)[0]:
             return int(server.recv(16) or 128 + signal.SIGKILL)
-    return 1  # orphaned: closing the connection ends the fork
+    return 1  # orphaned: when the connection closes, the template ends the fork
 
 
 def _ask(path: str, command: list[str], streams: list[int], stays: bool) -> socket.socket:

@@ -109,41 +109,43 @@ def serve(listener: socket.socket) -> None:
         importlib.import_module(module)
     gc.collect()
     gc.freeze()  # or the collector would touch, and so copy, every page in every fork
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
     library = ctypes.CDLL(None)
-    watched: dict[int, socket.socket] = {}  # forks with a stand-in: process descriptor -> connection to the stand-in
+    watched: dict[int, socket.socket] = {}  # forks that have a stand-in: process id -> connection to it
     while True:
-        ready, _, _ = select.select([listener, sys.stdin, *watched, *watched.values()], [], [])
+        ready, _, _ = select.select([listener, sys.stdin, *watched.values()], [], [], 1.0)
         if sys.stdin in ready:
             return
-        for process, client in list(watched.items()):
-            if client in ready:  # the stand-in has gone; the fork may be one that hangs, or is stopped
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(process, signal.SIGKILL)
-            if client in ready or process in ready:
-                os.close(process)
-                watched.pop(process).close()
+        for fork in [fork for fork, client in watched.items() if client in ready]:  # their stand-ins have gone
+            os.kill(fork, signal.SIGKILL)  # it may be one that hangs; until it is reaped nobody else has its id
+            watched.pop(fork).close()
+        for fork in _reap():
+            if fork in watched:
+                watched.pop(fork).close()
         if listener not in ready:
             continue
         client, _ = listener.accept()
         message, streams = _receive(client)
         fork = os.fork()
         if fork == 0:
-            listener.close()
-            for process, other in watched.items():
-                os.close(process)
+            for other in [listener, *watched.values()]:
                 other.close()
             os.setpgid(0, 0)  # Ray ends the process group of a worker that has gone: it must hold no other's workers
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             if message["stays"]:
                 library.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # without the template nobody watches the stand-in
             _become(message, streams, client)
         for stream in streams:
             os.close(stream)
         if message["stays"]:
-            watched[os.pidfd_open(fork)] = client
+            watched[fork] = client
         else:
             client.close()
+
+
+def _reap() -> Iterator[int]:
+    """The forks that have ended since the last call."""
+    with contextlib.suppress(ChildProcessError):  # there are none at all
+        while (fork := os.waitpid(-1, os.WNOHANG)[0]) > 0:
+            yield fork
 
 
 def _become(message: dict, streams: list[int], client: socket.socket) -> None:

@@ -33,6 +33,12 @@ POLL_SECONDS = 0.25
 LOST_SECONDS = 15.0  # for the trainer to say by itself what a process that has ended means
 HEAD_SECONDS = 15.0  # for Ray's control process to answer again; without it Ray ends every process after 60, unheard
 RAY_STARTS = 3
+# What Ray's control process keeps of past tasks, for its dashboard: 100,000 of them by default, which are 400 MB after
+# 7,000 steps, and the ids of up to 1,000,000 that it keeps no more.
+TASK_RECORDS = (
+    "RAY_task_events_max_num_task_in_gcs",
+    "RAY_task_events_max_dropped_task_attempts_tracked_per_job_in_gcs",
+)
 SHOWN = ("stage", "step", "warning", "error")  # the others are for the summary
 
 
@@ -129,8 +135,8 @@ def _start_ray(config: DictConfig, py_executable: str | None, address: str | Non
     if address is not None:
         kwargs = cluster.joining_arguments(kwargs)
     else:
-        # Ray's record of past tasks, for its dashboard: 100,000 by default, which are 400 MB after 7,000 steps.
-        os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", "10000")
+        for name in TASK_RECORDS:
+            os.environ.setdefault(name, "10000")
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
     others = set(psutil.Process().children(recursive=True))
     for attempt in range(1, RAY_STARTS + 1):

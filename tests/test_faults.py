@@ -13,6 +13,7 @@ import pytest
 
 from verl_trb import checkpoints, prefork, session
 from verl_trb.report import read_metrics
+from verl_trb.shared_memory import remove_orphans
 
 TIMEOUT = 900  # seconds for any one of the runs
 BATCH = 8
@@ -48,6 +49,7 @@ class Run:
 
     def __init__(self, run_dir: Path, cache: Path, steps: int, *overrides: str) -> None:
         self.run_dir, self.output = run_dir, run_dir.with_suffix(".out")
+        self.began = time.time()
         arguments = [*SETTINGS, f"trainer.total_training_steps={steps}"]
         arguments += [f"trb.run_dir={run_dir}", f"trb.cache_dir={cache}", *overrides]
         self.process = psutil.Process(session.start(arguments, self.output))
@@ -84,6 +86,7 @@ class Run:
         (template,) = (child for child in psutil.Process().children() if "verl_trb.prefork" in child.cmdline())
         _, left = psutil.wait_procs(template.children(recursive=True), timeout=30)
         assert not left, "processes of the run that it left behind"
+        assert not remove_orphans(self.began), "shared memory that it left behind"
         return code
 
 

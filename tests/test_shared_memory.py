@@ -5,20 +5,26 @@ import sys
 import time
 from multiprocessing import shared_memory
 
+import pytest
+
 from verl_trb.shared_memory import FOLDER, remove_orphans
 
 # A process that is killed together with its resource tracker leaves its segment behind.
 LEAVE = """
+import os, sys
 from multiprocessing import resource_tracker, shared_memory
-segment = shared_memory.SharedMemory(create=True, size=64)
+name = f"verl_weights_{os.getpid()}" if "sync" in sys.argv else None
+segment = shared_memory.SharedMemory(name, create=True, size=64)
 resource_tracker.unregister(segment._name, "shared_memory")
 print(segment.name)
 """
 
 
-def test_orphans_are_removed_and_segments_in_use_are_kept():
+@pytest.mark.parametrize("kind", ["plain", "sync"])
+def test_orphans_are_removed_and_segments_in_use_are_kept(kind: str):
     since = time.time() - 1
-    orphan = subprocess.run([sys.executable, "-c", LEAVE], capture_output=True, text=True, check=True).stdout.strip()
+    command = [sys.executable, "-c", LEAVE, kind]
+    orphan = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     used = shared_memory.SharedMemory(create=True, size=64)
     try:
         assert (FOLDER / orphan).exists()

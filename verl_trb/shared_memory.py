@@ -1,13 +1,15 @@
 """Removes the shared memory that killed processes of a run have left behind.
 
-vLLM's and verl's processes remove theirs when they end by themselves; after a Ctrl-C some are killed before.
+vLLM's and verl's processes remove theirs when they end by themselves; after a Ctrl-C some are killed before, and so are
+those of a run that starts again.
 """
 
+import contextlib
 import os
 from pathlib import Path
 
 FOLDER = Path("/dev/shm")
-PREFIXES = ("psm_", "sem.mp-")  # names that Python's multiprocessing gives
+PREFIXES = ("psm_", "sem.mp-", "verl_weights_")  # names that Python's multiprocessing and verl's weight syncs give
 
 
 def remove_orphans(since: float) -> list[str]:
@@ -18,22 +20,17 @@ def remove_orphans(since: float) -> list[str]:
     """
     if not FOLDER.is_dir():
         return []
-    used = _mapped()
-    removed = []
+    found = []
     for file in FOLDER.iterdir():
-        try:
+        with contextlib.suppress(FileNotFoundError):
             status = file.stat()
-            if (
-                file.name.startswith(PREFIXES)
-                and status.st_uid == os.getuid()
-                and status.st_ctime >= since
-                and str(file) not in used
-            ):
-                file.unlink()
-                removed.append(file.name)
-        except FileNotFoundError:
-            continue
-    return removed
+            if file.name.startswith(PREFIXES) and status.st_uid == os.getuid() and status.st_ctime >= since:
+                found.append(file)
+    used = _mapped()  # after they were found: what another run has made meanwhile is not among them
+    removed = [file for file in found if str(file) not in used]
+    for file in removed:
+        file.unlink(missing_ok=True)
+    return [file.name for file in removed]
 
 
 def _mapped() -> set[str]:

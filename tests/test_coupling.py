@@ -9,11 +9,19 @@ import oracles
 import pytest
 import torch
 
+from verl_trb import coupling
 from verl_trb.coupling import couple, draw, mark_corrections
 from verl_trb.trust_region import blend
 
 ALPHA = 1e-4  # a correct coupling fails each chi-square test with this probability; the seeds are fixed
 V = 6
+
+
+@pytest.fixture(params=["rejected", "all"], autouse=True)
+def rows_to_correct(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test with corrections for the rows with a rejection, as on a CPU, and for all rows, as on a GPU."""
+    if request.param == "all":
+        monkeypatch.setattr(coupling, "_rows_to_correct", lambda corrected_BG: torch.arange(len(corrected_BG)))
 
 
 def walk(seed=0, epsilon=0.1):

@@ -6,7 +6,7 @@ Every emitted token is then distributed exactly as mu at its prefix, and P(rejec
 sqrt(epsilon / 2). Unlike in speculative decoding there is no bonus token: pi_S after the last draft, hence
 mu, is unknown.
 
-Shapes: B rows, G drafts a block (padded), V vocabulary.
+Shapes: B rows, M of them that get a correction, G drafts a block (padded), V vocabulary.
 """
 
 from __future__ import annotations
@@ -79,14 +79,13 @@ def couple(
     corrected_BG = (index_BG == num_accepted_B[:, None]) & drafted_BG  # at most one position a row
 
     if length > 0:
-        row_B = torch.arange(rows, device=device)
-        # A row without a rejection computes a correction nobody uses.
-        at_B = num_accepted_B.clamp_max(length - 1)
-        log_mu_BV = log_mu_BGV[row_B, at_B].float()
-        token_B = _correct(log_mu_BV, logp_student_BGV[row_B, at_B].float(), generator)
-        logp_B = log_mu_BV.gather(-1, token_B[:, None])
-        draft_BG = torch.where(corrected_BG, token_B[:, None], draft_BG)
-        log_mu_BG = torch.where(corrected_BG, logp_B, log_mu_BG)
+        row_M = _rows_to_correct(corrected_BG)
+        at = row_M, num_accepted_B[row_M].clamp_max(length - 1)
+        log_mu_MV = log_mu_BGV[at].float()
+        token_M = _correct(log_mu_MV, logp_student_BGV[at].float(), generator)
+        logp_M = log_mu_MV.gather(-1, token_M[:, None]).squeeze(-1)
+        draft_BG = draft_BG.index_put(at, torch.where(corrected_BG[at], token_M, draft_BG[at]))
+        log_mu_BG = log_mu_BG.index_put(at, torch.where(corrected_BG[at], logp_M, log_mu_BG[at]))
     emitted_BG = accepted_BG | corrected_BG
     return Coupled(
         tokens_BG=draft_BG.masked_fill(~emitted_BG, -1),
@@ -104,6 +103,13 @@ def mark_corrections(logp: Tensor, corrected: Tensor) -> Tensor:
     """
     logp = logp.clamp(max=0)
     return torch.where(corrected, (-logp).clamp(min=torch.finfo(logp.dtype).tiny), logp)
+
+
+def _rows_to_correct(corrected_BG: Tensor) -> Tensor:
+    """The M rows that get a correction: those with a rejection; on a GPU, which would wait for their number, all."""
+    if corrected_BG.device.type == "cpu":
+        return corrected_BG.any(-1).nonzero().squeeze(-1)
+    return torch.arange(len(corrected_BG), device=corrected_BG.device)
 
 
 def _correct(log_mu_BV: Tensor, logp_student_BV: Tensor, generator: torch.Generator | None) -> Tensor:

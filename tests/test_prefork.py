@@ -206,6 +206,34 @@ def test_a_client_whose_fork_was_faster_becomes_no_second_worker(tmp_path: Path,
     listener.close()
 
 
+def test_a_stand_in_whose_fork_is_lost_becomes_no_second_process(tmp_path: Path):
+    """The fork may have read what its parent sent: the second would wait for it, and the parent for the second."""
+    path, result = str(tmp_path / "socket"), tmp_path / "second"
+    command = ["-c", f"open({str(result)!r}, 'w')  # {prefork.STARTS}"]
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        client = subprocess.Popen([sys.executable, "-I", "-S", prefork.__file__, prefork.STAND_IN, path, *command])
+        connection, _ = listener.accept()
+        _, streams = prefork._receive(connection)
+        for stream in streams:
+            os.close(stream)
+        connection.close()  # as when it was killed before it stood
+        assert client.wait(timeout=30) == 1
+    assert not result.exists()
+
+
+def test_a_client_that_is_killed_while_it_asks_does_not_end_the_template(py_executable: str, tmp_path: Path):
+    path = shlex.split(py_executable)[-1]
+    for said in (b"", b'{"comm'):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(path)
+            if said:
+                client.sendall(said)
+    start_worker(py_executable, tmp_path, tmp_path / "result")
+    assert "torch" in json.loads((tmp_path / "result").read_text())[4]
+
+
 def test_the_template_ends_with_a_killed_driver(tmp_path: Path):
     driver = """
 import sys, time

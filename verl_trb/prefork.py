@@ -124,7 +124,11 @@ def serve(listener: socket.socket) -> None:
         if listener not in ready:
             continue
         client, _ = listener.accept()
-        message, streams = _receive(client)
+        try:
+            message, streams = _receive(client)
+        except (OSError, ValueError):  # it was killed while it asked
+            client.close()
+            continue
         fork = os.fork()
         if fork == 0:
             for other in [listener, *watched.values()]:
@@ -203,11 +207,16 @@ def _become(message: dict, streams: list[int], client: socket.socket) -> None:
 
 
 def _receive(client: socket.socket) -> tuple[dict, list[int]]:
-    """The client's message and its streams."""
+    """The client's message and its streams. Raises OSError or ValueError where it has not said all of it."""
     data, streams, _, _ = socket.recv_fds(client, 1 << 16, MOST_STREAMS)
-    while b"\n" not in data and (part := client.recv(1 << 16)):
-        data += part
-    return json.loads(data), streams
+    try:
+        while b"\n" not in data and (part := client.recv(1 << 16)):
+            data += part
+        return json.loads(data), streams
+    except (OSError, ValueError):
+        for stream in streams:
+            os.close(stream)
+        raise
 
 
 def request(path: str, command: list[str]) -> None:
@@ -235,9 +244,12 @@ def stand_in(path: str, command: list[str]) -> int:
         if STARTS not in command[source + 1] or len(streams) > MOST_STREAMS:
             raise ValueError("no process to be forked")
         server = _ask(path, command[source:], streams, stays=True)
-        fork = int(server.recv(16))
     except (OSError, ValueError):
         os.execv(sys.executable, [sys.executable, *command])
+    try:
+        fork = int(server.recv(16))
+    except (OSError, ValueError):
+        return 1  # the fork may have read what its parent sent: a second one would wait for it for ever
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: os.kill(fork, number))
     for stream in streams:

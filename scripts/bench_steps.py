@@ -10,6 +10,7 @@ Sides, each a whole training of its own, one after the other, `--rounds` times i
     trb        ours, every rollout guided with epsilon = 0.02 (as in the warm-up)
     topk       the same with the top-k form of the loss
     reuse      that with trb.reuse_verification: the engine's reading of the teacher serves the loss
+    trb_reuse  trb with it: the exact loss from the teacher's hidden states, which the engine kept
     verl       verl's own: student rollouts, a vLLM of its own for the teacher, k3 on the sampled tokens
     verl_fast  the same without its pause: verl looks for finished rollouts every 2 s, here every 0.05 s
     trl        TRL's GKDTrainer with lmbda = 1 and beta = 1: student rollouts, exact reverse KL, one process
@@ -43,14 +44,16 @@ OURS: dict[str, dict[str, Any]] = {
     "trb": {**GUIDED, "trb.loss": "full"},
     "topk": {**GUIDED, "trb.loss": "topk"},
     "reuse": {**GUIDED, "trb.loss": "topk", "trb.reuse_verification": "true"},
+    "trb_reuse": {**GUIDED, "trb.loss": "full", "trb.reuse_verification": "true"},
 }
 SIDES = (*OURS, "verl", "verl_fast", "trl")
 SIZES = {"bench": (16, 64), "toy": (32, 32)}  # rollouts, their tokens
 TOY_VOCABULARY = 64
 TOY = {"student": shape(64, 176, 2, 2, 1), "teacher": shape(128, 352, 4, 4, 1)}
 TARGETS = [("vanilla", "verl", 0.8), ("trb", "verl", 1.0), ("vanilla", "trl", 0.7), ("trb", "trl", 1.2)]
+TARGETS += [("trb_reuse", "trl", 1.2)]
 TOY_TARGET = 0.4
-BESIDE = [("vanilla", "verl_fast"), ("trb", "verl_fast"), ("reuse", "topk")]
+BESIDE = [("vanilla", "verl_fast"), ("trb", "verl_fast"), ("reuse", "topk"), ("trb_reuse", "trb")]
 
 
 class Bench:

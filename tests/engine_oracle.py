@@ -69,10 +69,17 @@ def next_token_logprobs(
         ids = torch.zeros(len(chunk), length, dtype=torch.long)
         for row, (prompt, response) in zip(ids, chunk, strict=True):
             row[: len(prompt) + len(response)] = torch.tensor([*prompt, *response])
-        logits = model(input_ids=ids).logits.double() / temperature
+        logits = model(input_ids=ids).logits
         for row, (prompt, response) in zip(logits, chunk, strict=True):
             rows.append(row[len(prompt) - 1 : len(prompt) + len(response) - 1])
-    probability = torch.cat(rows).softmax(-1)
+    return shared_logprobs(torch.cat(rows), vocabulary, teacher=teacher, temperature=temperature)
+
+
+def shared_logprobs(
+    logits_NV: Tensor, vocabulary: SharedVocabulary, *, teacher: bool = False, temperature: float = 1.0
+) -> Tensor:
+    """[N, V] float64 log-probabilities of what the rollouts may contain."""
+    probability = (logits_NV.double() / temperature).softmax(-1)
     if teacher and vocabulary.teacher_eos != vocabulary.student_eos:
         probability[:, vocabulary.student_eos] += probability[:, vocabulary.teacher_eos]
     probability[:, list(vocabulary.masked)] = 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,14 +23,16 @@ from engine_oracle import (
     p_serial,
     p_tokens,
     p_uniform,
+    shared_logprobs,
     uniforms,
     visit,
     z_scores,
 )
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from verl_trb.rollout.generation import Rollout
-from verl_trb.verified import Verified, columns
+from verl_trb.verified import HIDDEN_STATES, Verified, byte_rows, from_bytes
 
 ALPHA, POWER = 1e-5, 1e-12
 EPSILONS = (0.0, 0.1, 0.3)
@@ -314,15 +317,9 @@ def test_what_the_models_compute(run: Run) -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_what_is_kept_of_the_teacher_is_the_teachers(run: Run, temperature: float) -> None:
     """At every token of rollouts of mixed lengths, some guided by another ε, some by none."""
-    blended, k = run.engine, 5
-    prompts, epsilons = run.prompts[::20], [0.1, 0.3, 0.1] * (len(run.prompts[::20]) // 3)
-    rollouts = blended.rollouts(prompts, epsilons, run.budgets[::20], temperature, keep=k)
-    taken = [bytearray(blended.worker.take_kept(str(number))) for number in range(len(prompts))]
-    packed = [torch.frombuffer(kept, dtype=torch.float32).view(-1, columns(k)) for kept in taken]
-    assert [len(columns) for columns in packed] == [len(rollout.token_ids) for rollout in rollouts]
-    known = Verified.unpacked(torch.cat(packed))
-    pair = blended.pair
-    visited = visit(prompts, rollouts, epsilons, pair.student, pair.teacher, pair.vocabulary, temperature)
+    k = 5
+    visited, kept_NC = visit_keeping(run, k, temperature)
+    known = Verified.unpacked(kept_NC)
     close = {"rtol": 0.0, "atol": 2e-4, "check_dtype": False}
     student_NV, teacher_NV = visited.student_NV, visited.teacher_NV
     torch.testing.assert_close(student_NV.gather(-1, known.index_NK), student_NV.topk(k).values, **close)
@@ -331,6 +328,46 @@ def test_what_is_kept_of_the_teacher_is_the_teachers(run: Run, temperature: floa
     gap_NV = (student_NV - teacher_NV).nan_to_num(0.0)
     torch.testing.assert_close(known.reverse_kl_N, (student_NV.exp() * gap_NV).sum(-1), **close)
     torch.testing.assert_close(known.teacher_entropy_N, torch.special.entr(teacher_NV.exp()).sum(-1), **close)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_student_knows_its_logprobs_to_float32(run: Run, dtype: torch.dtype) -> None:
+    """Also of tokens whose probability underflows; masked ones stay impossible, NaN stays NaN."""
+    logits_BV = torch.randn(4, 3000, generator=torch.Generator().manual_seed(0)).mul(
+        torch.tensor([[1], [9], [60], [1]])
+    )
+    logits_BV[1, 7], logits_BV[2] = -torch.inf, logits_BV[2] + 500
+    logits_BV = logits_BV.to(dtype)
+    temperature_B = torch.tensor([1.0, 0.7, 0.5, 1.0])
+    exact_BV = (logits_BV.double() / temperature_B.double()[:, None]).log_softmax(-1)
+    logits_BV[3, 5] = torch.nan
+    asked: Any = SimpleNamespace(all_random=True, temperature=temperature_B)
+    token_B, logp_BV = run.engine.worker.model_runner.drafter._sample_from_logits(logits_BV, asked)
+    assert logp_BV[3].isnan().all() and exact_BV[2].min() < -200 and exact_BV[1, 7] == -torch.inf
+    torch.testing.assert_close(logp_BV[:3].double(), exact_BV[:3], rtol=1e-6, atol=1e-5)
+    assert (exact_BV.gather(1, token_B[:, None])[:3] > -20).all()
+
+
+def test_hidden_states_that_are_kept_are_the_teachers(run: Run) -> None:
+    """Its output layer makes of them its distribution at every token."""
+    visited, hidden_NE = visit_keeping(run, HIDDEN_STATES)
+    teacher = AutoModelForCausalLM.from_pretrained(run.engine.pair.teacher, dtype=torch.float64)
+    logits_NV = teacher.get_output_embeddings()(hidden_NE.double())
+    teacher_NV = shared_logprobs(logits_NV, run.engine.pair.vocabulary, teacher=True)
+    torch.testing.assert_close(teacher_NV, visited.teacher_NV, rtol=0.0, atol=2e-4)
+
+
+def visit_keeping(run: Run, keep: int, temperature: float = 1.0) -> tuple[Visited, Tensor]:
+    """Rollouts of mixed lengths, guided by two ε, and what was kept at each of their tokens."""
+    blended, pair = run.engine, run.engine.pair
+    prompts, epsilons = run.prompts[::20], [0.1, 0.3, 0.1] * (len(run.prompts[::20]) // 3)
+    rollouts = blended.rollouts(prompts, epsilons, run.budgets[::20], temperature, keep=keep)
+    kept = []
+    for number, rollout in enumerate(rollouts):
+        kept.append(from_bytes(*byte_rows(*blended.worker.take_kept(str(number)))))
+        assert len(kept[-1]) == len(rollout.token_ids)
+    visited = visit(prompts, rollouts, epsilons, pair.student, pair.teacher, pair.vocabulary, temperature)
+    return visited, torch.cat(kept)
 
 
 def test_temperature_applies_to_both_models(run: Run) -> None:

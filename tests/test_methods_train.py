@@ -13,6 +13,7 @@ from verl_trb.recipe_source import METHOD, names
 from verl_trb.session import session
 
 STEPS, TIMEOUT = 3, 600  # training steps; seconds for one run
+BATCHES = ("ppo_mini_batch_size", "ppo_micro_batch_size_per_gpu")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * TIMEOUT)]
 
 
@@ -94,9 +95,19 @@ def test_responses_of_the_data_are_trained_on(tmp_path: Path, cache: Path):
     assert rewards[0] == 1 and 0.2 < rewards[1] < 0.9 and rewards[2] < 0.3
 
 
-def test_reuse_of_verification_trains_as_reading_the_teacher_again(tmp_path: Path, cache: Path):
+@pytest.mark.parametrize(
+    "loss",
+    [
+        ["trb.loss=topk", "trb.topk=4"],
+        ["trb.loss=full", *(f"actor_rollout_ref.actor.{size}=24" for size in BATCHES)],  # two updates a step
+        ["trb.loss=full", "trb.divergence=jsd", "trb.sft_steps=1"],
+        ["trb.loss=sampled"],
+    ],
+    ids=["topk", "full", "jsd", "sampled"],
+)
+def test_reuse_of_verification_trains_as_reading_the_teacher_again(tmp_path: Path, cache: Path, loss: list[str]):
     """The same rollouts, and losses that agree to float32's precision; the last step is not guided, and reads it."""
-    settings = ["trb.loss=topk", "trb.topk=4", "trb.deterministic=true", f"trb.warmup_steps={STEPS - 1}"]
+    settings = [*loss, "trb.deterministic=true", f"trb.warmup_steps={STEPS - 1}"]
     read, reused = (
         train("trb", tmp_path / name, cache, *settings, f"trb.reuse_verification={name}") for name in ("false", "true")
     )

@@ -14,7 +14,7 @@ from verl_trb.objective import (
     check_objective,
     describe_objective,
     objective_metrics,
-    reuses_verification,
+    reused_of_teacher,
     step_objective,
 )
 from verl_trb.parameters import Parameter, check_value, value_at
@@ -83,10 +83,8 @@ def test_description():
         ({"divergence": "exopd"}, "set trb.loss=sampled"),
         ({"divergence": "veto", "divergence_params": {"bta": 1}}, "did you mean beta?"),
         ({"divergence_params": {"beta": 1}}, "has no such parameter; it takes none"),
-        ({"reuse_verification": True}, "needs trb.loss=topk, got full"),
-        ({"reuse_verification": True, "loss": "topk", "divergence": "forward_kl"}, "needs trb.divergence=reverse_kl"),
-        ({"reuse_verification": True, "loss": "topk", "data_share": [[1, 0.5], [9, 0]]}, "needs trb.data_share=0"),
-        ({"reuse_verification": True, "loss": "topk", "policy": "student"}, "verifies nothing with the teacher"),
+        ({"reuse_verification": True, "data_share": [[1, 0.5], [9, 0]]}, "needs trb.data_share=0"),
+        ({"reuse_verification": True, "policy": "student"}, "verifies nothing with the teacher"),
         (
             {"divergence": "jsd", "divergence_params": {"beta": 1}},
             "beta must be a number strictly between 0 and 1, got 1",
@@ -105,15 +103,17 @@ def test_wrong_divergence_is_one_sentence(values: dict[str, Any], says: str):
     assert says in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_verification_is_reused_where_rollouts_are_guided_and_the_loss_is_topk():
-    def steps(**values: Any) -> list[int]:
-        return [step for step in range(1, 7) if reuses_verification(trb(loss="topk", warmup_steps=4, **values), step)]
+def test_verification_is_reused_where_rollouts_are_guided_and_distilled_from():
+    def reused(**values: Any) -> list[int | None]:
+        values = {"reuse_verification": True, "loss": "topk", "topk": 8, **values}
+        return [reused_of_teacher(trb(warmup_steps=3, **values), step) for step in range(1, 5)]
 
-    assert steps() == []
-    assert steps(reuse_verification=True) == [1, 2, 3, 4]
-    assert steps(reuse_verification=True, sft_steps=2) == [3, 4]
-    assert steps(reuse_verification=True, distill_weight=[[2, 1], [3, 0]], reward_weight=1) == [1, 2]
-    assert steps(reuse_verification=True, policy="teacher", guided_steps=2) == [1, 2]
+    assert reused(reuse_verification=False) == [None] * 4
+    assert reused() == [8, 8, 8, None]
+    assert reused(loss="full") == reused(loss="sampled") == reused(divergence="forward_kl") == [0, 0, 0, None]
+    assert reused(sft_steps=2) == [0, 0, 8, None], "cross-entropy takes the whole vocabulary"
+    assert reused(distill_weight=[[2, 1], [3, 0]], reward_weight=1) == [8, 8, None, None]
+    assert reused(policy="teacher", guided_steps=2) == [8, 8, None, None]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor
 from verl_trb.chunked_loss import loss_from_layers
 from verl_trb.divergences import get_divergence
 from verl_trb.rollout.kept import Kept
-from verl_trb.verified import Verified, loss_from_verified, verified
+from verl_trb.verified import Verified, as_bytes, byte_rows, from_bytes, loss_from_verified, verified
 from verl_trb.vocabulary import SharedVocabulary
 
 pytestmark = pytest.mark.usefixtures("gradient")
@@ -83,6 +83,14 @@ def test_packing_keeps_large_ids_exact() -> None:
     assert known.packed().shape == (3, 35) and known.packed().dtype == torch.float32
     for one, other in zip(Verified.unpacked(known.packed()), known, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_rows_survive_the_way_to_the_trainer(dtype: torch.dtype, tokens: int) -> None:
+    rows_TC = torch.randn(tokens, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    arrived_TC = from_bytes(*byte_rows(*as_bytes(rows_TC)))
+    assert arrived_TC.dtype == dtype and torch.equal(arrived_TC, rows_TC)
 
 
 def test_impossible_tokens_cost_nothing() -> None:

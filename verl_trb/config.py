@@ -80,8 +80,8 @@ class TrbConfig:
     adapt_drafts: choose for each block how many, up to draft_tokens, by what steps cost and how many drafts were
       accepted.
     release_teacher: free the rollout engine's copy of the teacher once no step needs it for rollouts any more.
-    reuse_verification: with loss=topk and reverse KL, train on what the rollout engine knew of the teacher when it
-      verified the drafts, instead of reading the teacher again.
+    reuse_verification: train on what the rollout engine knew of the teacher when it verified the drafts, instead of
+      reading the teacher again: its hidden states, of the top-k reverse KL only its numbers.
     loss: how the divergence is computed: over the `full` vocabulary, on `topk` tokens, or of the `sampled` token.
     topk: k >= 1 of the top-k losses.
     divergence: the loss between student and teacher, a name of verl_trb/divergences.py or FILE.py:NAME of one's own.

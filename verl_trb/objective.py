@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from verl_trb.divergences import FULL, SAMPLED, TOPK, get_divergence
 from verl_trb.guidance import needs_teacher
 from verl_trb.parameters import check_value, describe, value_at
+from verl_trb.verified import HIDDEN_STATES
 
 PARAMS = "trb.divergence_params"
 WARM_UP, REVERSE_KL = "cross_entropy", "reverse_kl"
@@ -80,12 +81,15 @@ def ever_rewards(trb: Any) -> bool:
     return any(value > 0 for _, value in weight) if isinstance(weight, list) else weight > 0
 
 
-def reuses_verification(trb: Any, step: int) -> bool:
-    """Whether a training step takes what verification knew of the teacher (verified.py) instead of reading it again."""
-    if not trb.reuse_verification or not needs_teacher(trb, step):
-        return False
+def reused_of_teacher(trb: Any, step: int) -> int | None:
+    """What a training step takes from verification (verified.py) instead of reading the teacher again: of the top-k
+    reverse KL k, of all other losses HIDDEN_STATES, nothing None.
+    """
     objective = step_objective(trb, step)
-    return objective.distills and objective.mode == TOPK
+    if not trb.reuse_verification or not needs_teacher(trb, step) or not objective.distills:
+        return None
+    few = objective.mode == TOPK and objective.divergence == REVERSE_KL
+    return trb.topk if few else HIDDEN_STATES
 
 
 def needs(trb: Any) -> tuple[str, ...]:
@@ -113,14 +117,11 @@ def check_objective(trb: Any) -> None:
 
 
 def _check_reuse(trb: Any) -> None:
-    wanted: dict[str, Any] = {"trb.loss": TOPK, "trb.divergence": REVERSE_KL, "trb.data_share": 0}
-    for name, only in wanted.items():
-        value = getattr(trb, name.removeprefix("trb."))
-        if value != only:
-            raise ValueError(
-                f"trb.reuse_verification=true needs {name}={only}, got {_plain(value)}: of the teacher, verification "
-                "keeps its probabilities of the student's k most likely tokens, at tokens that it has verified."
-            )
+    if trb.data_share != 0:
+        raise ValueError(
+            f"trb.reuse_verification=true needs trb.data_share=0, got {_plain(trb.data_share)}: the rollout engine "
+            "knows the teacher at tokens that it has verified, not at those of the data."
+        )
     if not needs_teacher(trb, 1):
         raise ValueError(
             f"trb.reuse_verification=true would do nothing: trb.policy={trb.policy} verifies nothing with the teacher; "

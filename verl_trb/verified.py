@@ -1,17 +1,22 @@
 """What verification knows of the teacher, kept for the loss: training then reads no teacher (trb.reuse_verification).
 
-To verify its drafts the rollout engine has both models' distributions at the prefix of every rollout token. Of the
-teacher's, the top-k form of reverse KL needs log p at the student's k most likely tokens only: the worker keeps them,
-and what is logged besides, as 2k + 3 numbers a token. They are those of the student that made the rollouts, so with
-several updates a step the later ones use its choice of k tokens, not their own.
+To verify its drafts the rollout engine runs the teacher at the prefix of every rollout token. Its last hidden state
+there and its output layer, which the training worker has, are all that any loss needs of it: exact over the whole
+vocabulary, and E numbers a token instead of V.
 
-Shapes: N tokens of rollouts, K the student's most likely tokens, V vocabulary, C = 2K + 3 columns, D hidden size.
+The top-k form of reverse KL needs less, log p at the student's k most likely tokens: of it the worker keeps these, and
+what is logged besides, as 2k + 3 numbers a token. They are those of the student that made the rollouts, so with several
+updates a step the later ones use its choice of k tokens, not their own.
+
+Shapes: N tokens of rollouts, K the student's most likely tokens, V vocabulary, C = 2K + 3 columns, D and E hidden sizes
+of student and teacher.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,13 +25,10 @@ from verl_trb.divergences import Prefixes, reverse_kl, top_reverse_kl
 from verl_trb.exact_rows import Scratch
 from verl_trb.vocabulary import SharedVocabulary
 
-# The batch's field, float32 [response tokens, C].
-VERIFIED = "verified"
-
-
-def columns(k: int) -> int:
-    """C."""
-    return 2 * k + 3
+# Fields of the batch: float32 [response tokens, C], or the teacher's last hidden states [response tokens, E].
+VERIFIED, TEACHER_HIDDEN = "verified", "teacher_hidden"
+# What a request asks to keep: k, or this for the hidden states.
+HIDDEN_STATES = 0
 
 
 class Verified(NamedTuple):
@@ -49,6 +51,21 @@ class Verified(NamedTuple):
         k = (packed_NC.shape[-1] - 3) // 2
         index_NK, logp_NK, rest_N3 = packed_NC.split([k, k, 3], dim=-1)
         return cls(index_NK.long(), logp_NK, *rest_N3.unbind(-1))
+
+
+def as_bytes(rows_TC: Tensor) -> tuple[str, int, bytes]:
+    """dtype, C, and the numbers row after row: vLLM would send a tensor as the parts it is made of."""
+    return str(rows_TC.dtype).removeprefix("torch."), rows_TC.shape[1], rows_TC.view(torch.uint8).numpy().tobytes()
+
+
+def byte_rows(dtype: str, columns: int, numbers: bytes) -> tuple[str, np.ndarray]:
+    """dtype, and uint8 [T, bytes of a row]: NumPy has no bfloat16, and Ray carries its arrays without a copy."""
+    return dtype, np.frombuffer(numbers, np.uint8).reshape(-1, columns * getattr(torch, dtype).itemsize)
+
+
+def from_bytes(dtype: str, rows: np.ndarray) -> Tensor:
+    """[T, C] of what `byte_rows` gave."""
+    return torch.tensor(rows).view(getattr(torch, dtype))
 
 
 def verified(logp_student_NV: Tensor, logp_teacher_NV: Tensor, token_N: Tensor, k: int) -> Verified:

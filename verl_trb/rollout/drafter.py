@@ -3,7 +3,7 @@
 * It chooses how many tokens a block has (`draft_length.py`), before it drafts the block.
 * It keeps the block's last draft back. Of n scheduled drafts vLLM's target model computes n + 1 rows of logits, and
   the last one, its "bonus" row, verifies the draft that was kept: γ drafts cost the teacher γ positions.
-* On a CPU it draws by one random number a row.
+* It keeps log π_S at the drafts where vLLM's keeps π_S, and on a CPU it draws by one random number a row.
 * It does not read again what it drafted itself. vLLM's proposer starts a block with a pass over the whole previous
   one, because a proposer may need the target's hidden states there. The student's own keys and values of the drafts
   are in its cache from drafting them, so a pass over the one new token does.
@@ -31,13 +31,13 @@ from verl_trb.rollout.draft_length import DraftLength
 class Block:
     """What the student drafted in one step of the engine, for the next step to verify.
 
-    tokens_BG: int64 drafts; probs_BGV: float32, π_S at each; place: row of each request that has drafts;
+    tokens_BG: int64 drafts; logp_BGV: float32, log π_S at each; place: row of each request that has drafts;
     generated: how many tokens each request had before the step; verified: drafts a row of the block that this step
     verified, 0 if some row had none; rows, finished: the batch's size, and when the block was ready (seconds).
     """
 
     tokens_BG: torch.Tensor
-    probs_BGV: torch.Tensor
+    logp_BGV: torch.Tensor
     place: dict[str, int]
     generated: dict[str, int]
     verified: int
@@ -99,18 +99,18 @@ class StudentDrafter(DraftModelProposer):
         tokens_BG = super().propose(
             drafts, num_rejected_tokens_gpu=None if self.goes_on else num_rejected_tokens_gpu, **inputs
         )
-        probs_BGV, self._last_draft_probs = self._last_draft_probs, None
+        logp_BGV, self._last_draft_probs = self._last_draft_probs, None
         finished = time.perf_counter()
         if continued is not None and continued.verified == continued.drafts == drafts:
             if continued.rows == len(requests):
                 length.saw_step(len(requests), drafts, finished - continued.finished)
-        if probs_BGV is None:  # all requests are greedy: nothing can be verified, and the sampler says so
+        if logp_BGV is None:  # all requests are greedy: nothing can be verified, and the sampler says so
             return tokens_BG
         # Rows in the middle of their prompt get drafts too, from a token that is not theirs.
         unfinished = self.runner.discard_request_mask.np[: len(requests)]
         self.drafted = Block(
             tokens_BG=tokens_BG,
-            probs_BGV=probs_BGV,
+            logp_BGV=logp_BGV,
             place={name: row for row, name in enumerate(requests) if not unfinished[row]},
             generated=generated,
             verified=continued.drafts if continued is not None else 0,
@@ -120,11 +120,14 @@ class StudentDrafter(DraftModelProposer):
         return tokens_BG[:, :-1]
 
     def _sample_from_logits(self, logits: torch.Tensor, sampling_metadata: Any) -> tuple[torch.Tensor, Any]:
-        """vLLM's, but for how a CPU draws: tokens of π_S, and π_S."""
+        """Tokens of π_S, and log π_S."""
         if not sampling_metadata.all_random or logits.device.type != "cpu":
-            return super()._sample_from_logits(logits, sampling_metadata)
-        probs_BV = logits.div_(sampling_metadata.temperature.view(-1, 1)).softmax(-1, dtype=torch.float32)
-        return draw(probs_BV), probs_BV
+            tokens, probs = super()._sample_from_logits(logits, sampling_metadata)
+            return tokens, None if probs is None else probs.log()
+        logp_BV = logits.float().div_(sampling_metadata.temperature.view(-1, 1))
+        probs_BV = logp_BV.sub_(logp_BV.amax(-1, keepdim=True)).softmax(-1)
+        # log Z by the likeliest token: a logarithm of every probability would take a CPU longer than the softmax.
+        return draw(probs_BV), logp_BV.add_(probs_BV.amax(-1, keepdim=True).log())
 
     @staticmethod
     def _choose(length: DraftLength, rows: int) -> int:

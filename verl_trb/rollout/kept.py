@@ -1,6 +1,6 @@
 """What verification says of the teacher at every token of the rollouts that ask for it (verl_trb/verified.py).
 
-Shapes: R requests of the batch with drafts, G drafts a block, C columns, T tokens of a rollout.
+Shapes: R requests of the batch with drafts, G drafts a block, C columns or hidden size, T tokens of a rollout.
 """
 
 import torch
@@ -21,6 +21,6 @@ class Kept:
                 self.blocks.setdefault(name, []).append(columns_RGC[row][kept_RG[row]])
 
     def take(self, name: str) -> Tensor | None:
-        """[T, C] float32 of one rollout, or None if it has no token."""
+        """[T, C] of one rollout, or None if it has no token."""
         blocks = self.blocks.pop(name, [])
         return torch.cat(blocks) if blocks else None

@@ -22,7 +22,8 @@ class BlendedRequest:
     """params: the rollout policy's parameters by name, None for the student alone. forced_token: the prompt's last
     token id. policy: its name, None for the run's own. trace: a name under which its tokens are traced (trace.py), None
     for no trace. seed: of the generators that draw its tokens, where it is alone in the engine (trb.deterministic).
-    keep: a name under which what is verified of its tokens is kept, and k (verified.py); None: nothing is.
+    keep: a name under which what is verified of its tokens is kept, and k or HIDDEN_STATES (verified.py); None: nothing
+    is.
     """
 
     params: dict[str, float] | None

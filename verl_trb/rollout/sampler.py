@@ -12,8 +12,8 @@ Where the policy asks for it (`marks_corrections`), the log-probability of a cor
 rejected draft, is returned with a positive sign. verl's agent loops align, cut and pad log-probabilities with their
 tokens over any number of turns, so the mark stays with its token; training/agent_loop.py takes it off again.
 
-Shapes: B requests of the batch, R of them with drafts, G drafts a block (γ), N = Σ drafts, V vocabulary, L = Σ (n + 1)
-rows of logits.
+Shapes: B requests of the batch, R of them with drafts, G drafts a block (γ), N = Σ drafts, V vocabulary, E hidden size
+of the teacher, L = Σ (n + 1) rows of logits.
 """
 
 import math
@@ -36,7 +36,7 @@ from verl_trb.rollout.request import BlendedRequest
 from verl_trb.rollout.statistics import RolloutStatistics
 from verl_trb.rollout.teacher_gate import TeacherGate
 from verl_trb.rollout.trace import Traces
-from verl_trb.verified import verified
+from verl_trb.verified import HIDDEN_STATES, verified
 from verl_trb.vocabulary import SharedVocabulary
 
 # The logarithm of the smallest float32, which stands in the statistics for probabilities that underflowed to 0.
@@ -88,15 +88,17 @@ class BlendedSampling:
 
         index_R = [i for i, n in enumerate(verified) if n > 0]
         if index_R and block is not None:
+            hidden = self.gate.hidden_LE
             if verified != [n + 1 for n in scheduled]:
                 kept: list[int] = []
                 start = 0
                 for n, k in zip(scheduled, verified, strict=True):
                     kept += range(start, start + k)
                     start += n + 1
-                logits = logits[torch.tensor(kept, device=device)]
+                verifying = torch.tensor(kept, device=device)
+                logits, hidden = logits[verifying], hidden[verifying]
             known_R = [rows[i] for i in index_R], [verified[i] for i in index_R]
-            tokens_RG, logp_RG = self._verify(*known_R, index_R, block, logits, sampling_metadata)
+            tokens_RG, logp_RG = self._verify(*known_R, index_R, block, logits, hidden, sampling_metadata)
             if len(index_R) == len(rows):
                 tokens_BC[:, : tokens_RG.shape[1]], logp_BC[:, : logp_RG.shape[1]] = tokens_RG, logp_RG
             else:
@@ -128,6 +130,7 @@ class BlendedSampling:
         index_R: list[int],
         block: Block,
         logits_NV: torch.Tensor,
+        hidden_NE: torch.Tensor,
         sampling_metadata: SamplingMetadata,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens [R, G] (−1: none) and their log μ for the rows that have drafts, `index_R` of the batch."""
@@ -139,8 +142,8 @@ class BlendedSampling:
         full = len(set(num_drafts)) == 1  # nearly always: then nothing is padded or copied
         whole = full and width == block.drafts and places == list(range(len(block.tokens_BG)))
         place_R = slice(None) if whole else torch.tensor(places, device=device)
-        drafts_RG, student_RGV = block.tokens_BG[place_R, :width], block.probs_BGV[place_R, :width]
-        logp_student_RGV = student_RGV[..., : vocabulary.size].log()
+        drafts_RG = block.tokens_BG[place_R, :width]
+        logp_student_RGV = block.logp_BGV[place_R, :width, : vocabulary.size]
         if full:
             logp_student_NV = logp_student_RGV.flatten(0, 1)
         else:
@@ -215,10 +218,12 @@ class BlendedSampling:
         )
         keep_R = [row.request.keep if row.request is not None else None for row in rows]
         if teacher_NV is not None and (k := next((k for _, k in filter(None, keep_R)), None)) is not None:
-            logp_teacher_NV = teacher_logprobs(teacher_NV, vocabulary, temperature_N)
-            token_RG = coupled.tokens_BG.clamp(min=0)
-            token_N = token_RG.flatten() if full else token_RG[drafted_RG]
-            columns_NC = verified(logp_student_NV, logp_teacher_NV, token_N, k).packed()
+            columns_NC = hidden_NE
+            if k != HIDDEN_STATES:
+                logp_teacher_NV = teacher_logprobs(teacher_NV, vocabulary, temperature_N)
+                token_RG = coupled.tokens_BG.clamp(min=0)
+                token_N = token_RG.flatten() if full else token_RG[drafted_RG]
+                columns_NC = verified(logp_student_NV, logp_teacher_NV, token_N, k).packed()
             self.kept.add([None if keep is None else keep[0] for keep in keep_R], kept_RG, padded(columns_NC))
         logp_RG = coupled.logp_BG
         if policy.marks_corrections:

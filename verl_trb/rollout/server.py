@@ -30,7 +30,7 @@ from verl_trb.rollout.request import KEEP, PARAMS, POLICY, ROLLOUT_NAME, SEED, T
 from verl_trb.rollout.request_groups import Answers, answer_group
 from verl_trb.rollout.statistics import merge
 from verl_trb.rollout.weight_socket import name_socket
-from verl_trb.verified import VERIFIED, columns
+from verl_trb.verified import HIDDEN_STATES, TEACHER_HIDDEN, VERIFIED, byte_rows
 from verl_trb.vocabulary import from_tokenizers
 
 
@@ -151,16 +151,16 @@ class BlendedHttpServer(vLLMHttpServer):
         output.token_ids, output.log_probs = rollout.token_ids, rollout.logprobs
         output.stop_reason = rollout.stop_reason
         if keep is not None:
-            output.extra_fields[VERIFIED] = await self._take_kept(*keep, len(rollout.token_ids))
+            field = TEACHER_HIDDEN if keep[1] == HIDDEN_STATES else VERIFIED
+            output.extra_fields[field] = await self._take_kept(keep[0], len(rollout.token_ids))
         return output
 
-    async def _take_kept(self, name: str, k: int, tokens: int) -> np.ndarray:
-        """[tokens, C], of the first tensor-parallel rank. Raises RuntimeError if they are not those of the rollout."""
-        kept = np.frombuffer((await self.engine.collective_rpc("take_kept", args=(name,)))[0], np.float32)
-        kept = kept.reshape(-1, columns(min(k, self.vocabulary.size)))
-        if len(kept) != tokens:
-            raise RuntimeError(f"the rollout engine kept what it verified of {len(kept)} of {tokens} tokens")
-        return kept
+    async def _take_kept(self, name: str, tokens: int) -> tuple[str, np.ndarray]:
+        """`byte_rows` of the first tensor-parallel rank. Raises RuntimeError if they are not those of the rollout."""
+        dtype, rows = byte_rows(*(await self.engine.collective_rpc("take_kept", args=(name,)))[0])
+        if len(rows) != tokens:
+            raise RuntimeError(f"the rollout engine kept what it verified of {len(rows)} of {tokens} tokens")
+        return dtype, rows
 
     async def generate_group(self, requests: list[dict[str, Any]]) -> AsyncIterator[Answers]:
         """`generate` for many requests, by keyword: see request_groups.py."""

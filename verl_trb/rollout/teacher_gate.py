@@ -13,7 +13,12 @@ import torch
 
 
 class TeacherGate:
-    """Stands before the two places where vLLM's runner calls its target model. `skipped` switches it."""
+    """Stands before the two places where vLLM's runner calls its target model. `skipped` switches it.
+
+    hidden_LE: the teacher's last hidden states of the current step, a row for each row of its logits.
+    """
+
+    hidden_LE: torch.Tensor
 
     def __init__(self, runner: Any) -> None:
         self.skipped = False
@@ -33,6 +38,7 @@ class TeacherGate:
         return torch.zeros(positions.shape[-1], self.hidden_size, dtype=self.runner.dtype, device=self.runner.device)
 
     def compute_logits(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        self.hidden_LE = hidden_states
         if not self.skipped:
             return self._compute_logits(hidden_states, *args, **kwargs)
         return hidden_states.new_zeros(()).expand(hidden_states.shape[0], self.vocab_size)

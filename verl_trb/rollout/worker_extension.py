@@ -21,6 +21,7 @@ from verl_trb.rollout.sampler import BareSampler, BehaviorSampler, BlendedSampli
 from verl_trb.rollout.statistics import RolloutStatistics
 from verl_trb.rollout.teacher_gate import TeacherGate
 from verl_trb.rollout.trace import RandomState
+from verl_trb.verified import as_bytes
 from verl_trb.vocabulary import SharedVocabulary
 
 
@@ -97,12 +98,10 @@ class BlendedWorkerExtension(vLLMColocateWorkerExtension):
         """The sums of `RolloutStatistics` since the last call."""
         return self.rollout_statistics.take()
 
-    def take_kept(self, name: str) -> bytes:
-        """What was verified of the tokens of the request that asked to keep it under this name (see `Kept`): float32,
-        token after token. Bytes, because vLLM would send a tensor as the parts it is made of.
-        """
+    def take_kept(self, name: str) -> tuple[str, int, bytes]:
+        """What was verified of the tokens of the request that asked to keep it under this name (see `Kept`)."""
         kept = self.kept.take(name)
-        return b"" if kept is None else kept.numpy().tobytes()
+        return as_bytes(torch.empty(0, 1) if kept is None else kept)
 
     def begin_traces(self) -> None:
         """Before traced requests: remember the random generators."""

@@ -28,7 +28,7 @@ from verl_trb.agent_loops import ONE_TURN
 from verl_trb.errors import RunError
 from verl_trb.faults import explain
 from verl_trb.guidance import guidance, step_policy
-from verl_trb.objective import reuses_verification
+from verl_trb.objective import reused_of_teacher
 from verl_trb.policies import get_policy
 from verl_trb.rollout.request import KEEP, PARAMS, POLICY, SEED
 from verl_trb.rollout.request_groups import GroupingServer
@@ -38,7 +38,7 @@ from verl_trb.training import data_response
 from verl_trb.training.columns import Columns
 from verl_trb.training.group_commit import GroupCommit
 from verl_trb.training.reward_groups import RewardGroups
-from verl_trb.verified import VERIFIED
+from verl_trb.verified import TEACHER_HIDDEN, VERIFIED, from_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -195,13 +195,14 @@ class DistillationAgentLoopWorker(_AgentLoopWorker):
             return await self._one_rollout({"extra_args": asked}, trajectory, **kwargs)
         params, policy = guidance(trb, step, trajectory["validate"]), step_policy(trb, step)
         extra_args: dict[str, Any] = {PARAMS: params, POLICY: policy}
-        if not trajectory["validate"] and reuses_verification(trb, step):
+        keep = None if trajectory["validate"] else reused_of_teacher(trb, step)
+        if keep is not None:
             if kwargs["agent_name"] != ONE_TURN:
                 raise RunError(
                     f"trb.reuse_verification=true knows the teacher at the tokens of one turn, but the agent loop is "
                     f"{kwargs['agent_name']}; set it to false"
                 )
-            extra_args[KEEP] = trb.topk
+            extra_args[KEEP] = keep
         if trb.deterministic:
             # A validation prompt has no place in a batch: verl draws the names of those by chance.
             place = (sample, str(kwargs["raw_prompt"])) if trajectory["validate"] else kwargs["uid"]
@@ -330,10 +331,9 @@ class DistillationAgentLoopWorker(_AgentLoopWorker):
         pictures = self._compute_multi_modal_inputs(output, input_ids)
         attention_mask = torch.ones_like(input_ids)
         positions = self._compute_position_ids(input_ids.unsqueeze(0), attention_mask.unsqueeze(0), pictures)
-        verified = output.extra_fields.pop(VERIFIED, None)
+        kept = {n: output.extra_fields.pop(n) for n in (VERIFIED, TEACHER_HIDDEN) if n in output.extra_fields}
         fields = {**output.as_dict(), **sample}
-        if verified is not None:
-            fields[VERIFIED] = torch.tensor(verified)
+        fields |= {name: from_bytes(*rows) for name, rows in kept.items()}
         fields.pop("multi_modal_data", None)
         fields |= {
             "loss_mask": fields["response_mask"],

@@ -23,7 +23,7 @@ from verl_trb.training.head import COLUMNS, DistillationHead, TokenLossRequest
 from verl_trb.training.lora import merged
 from verl_trb.training.loss import objective_of
 from verl_trb.training.teacher import Teacher
-from verl_trb.verified import VERIFIED
+from verl_trb.verified import TEACHER_HIDDEN, VERIFIED
 from verl_trb.vocabulary import SharedVocabulary
 
 # The batch's field, 1 where the rollout token replaced a rejected draft of the student's.
@@ -114,9 +114,14 @@ class DistillationEngine(FSDPEngineWithLMHead):
         if VERIFIED in micro_batch:
             teacher["verified_BTC"] = at_predictions(micro_batch, VERIFIED, input_ids_BT)
         else:
-            with self.spans.during("teacher"):
-                teacher["hidden_BTE"] = self.teacher.hidden_states(**model_inputs)
-                teacher["weight_VE"], teacher["bias_V"] = self.teacher.output_layer()
+            weight_VE, teacher["bias_V"] = self.teacher.output_layer()
+            teacher["weight_VE"] = weight_VE
+            if TEACHER_HIDDEN in micro_batch:
+                known_BTE = at_predictions(micro_batch, TEACHER_HIDDEN, input_ids_BT)
+                teacher["hidden_BTE"] = known_BTE.to(weight_VE.dtype)
+            else:
+                with self.spans.during("teacher"):
+                    teacher["hidden_BTE"] = self.teacher.hidden_states(**model_inputs)
         self.student_since = time.time()
         select_BT, label_BT = prediction_layout(micro_batch, input_ids_BT)
         corrected = CORRECTED in micro_batch

@@ -30,7 +30,7 @@ from verl_trb.training.checkpointing import CheckpointingTrainer
 from verl_trb.training.loss import ADVANTAGES, OBJECTIVE
 from verl_trb.training.samples import SampleRecorder
 from verl_trb.training.worker import DistillationWorker
-from verl_trb.verified import VERIFIED
+from verl_trb.verified import TEACHER_HIDDEN, VERIFIED
 
 Event = dict[str, Any]
 MAX_SKIPPED = 3  # updates in a row that were left out because the gradient was not finite
@@ -38,7 +38,7 @@ MAX_SKIPPED = 3  # updates in a row that were left out because the gradient was 
 UPDATE_FIELDS = {
     "input_ids", "position_ids", "prompts", "responses", "response_mask", "loss_mask", "rollout_log_probs",
     "old_log_probs", "advantages", "returns", "rollout_is_weights", "ref_log_prob", "routed_experts",
-    ADVANTAGES, CORRECTED, VERIFIED,
+    ADVANTAGES, CORRECTED, TEACHER_HIDDEN, VERIFIED,
 }  # fmt: skip
 TIMES = ("timing", "perf/time_per_step", "perf/throughput")  # metrics that a step has when it is over
 SPANS_SHOWN = 300  # of the rollouts of a step: more would only fill the disk

@@ -289,7 +289,9 @@ def test_blocks_of_any_length_leave_the_rollouts_exact(run: Run) -> None:
 
 
 def test_what_the_models_compute(run: Run) -> None:
-    """Of a block the teacher reads γ positions, none for a bonus; the student passes γ times over one token a row."""
+    """Of a block the teacher reads γ positions, none for a bonus; the student passes γ times over one token a row, and
+    drafts no block behind the request's end.
+    """
     blended, runner = run.engine, run.engine.worker.model_runner
     seen: dict[str, list[int]] = {"teacher": [], "student": []}
     teacher, student = runner._model_forward, runner.drafter.model.forward
@@ -311,7 +313,22 @@ def test_what_the_models_compute(run: Run) -> None:
     drafts, blocks = blended.draft_tokens, len(rollout.raw.blocks)
     assert seen["teacher"] == [19] + [drafts] * blocks
     assert seen["student"] == [20] + [1] * (len(seen["student"]) - 1)
-    assert blocks * drafts <= len(seen["student"]) <= (blocks + 1) * drafts
+    assert len(seen["student"]) == blocks * drafts
+
+
+def test_what_is_cached_of_ended_requests_is_both_models(run: Run) -> None:
+    """Prompts that are whole rollouts, whose last block nothing was drafted after: the cache has both models' keys."""
+    blended = run.engine
+    blended.llm.reset_prefix_cache()
+    torch.manual_seed(0)
+    prompts = random_prompts(100, 15, seed=21)
+    whole = [prompt + blended.rollouts([prompt], 0.1, 40)[0].token_ids for prompt in prompts]
+    whole = [prompt for prompt in whole if EOS not in prompt] * 4
+    assert len(whole) >= 80
+    again = make_run(blended, whole, [0.1, 0.3] * (len(whole) // 2), [6] * len(whole))
+    assert all(rollout.raw.num_cached_tokens == 48 for rollout in again.rollouts)
+    check_logprobs(again.visited)
+    check(again, torch.ones_like(again.visited.token_N, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -58,7 +58,10 @@ class Row:
 
 @dataclass
 class BlendedSampling:
-    """The rule, the vocabulary, and a view of the runner's requests: makes tokens of what vLLM's runner computed."""
+    """The rule, the vocabulary, and a view of the runner's requests: makes tokens of what vLLM's runner computed.
+
+    ended: every request of the last batch was verified and ended. Known on a CPU only: a GPU would wait for it.
+    """
 
     view: Callable[[], tuple[list[Row], Block | None]]
     policy: Policy
@@ -67,10 +70,12 @@ class BlendedSampling:
     gate: TeacherGate
     traces: Traces = field(default_factory=Traces)
     kept: Kept = field(default_factory=Kept)
+    ended: bool = False
 
     def draw(self, scheduled: list[int], logits: torch.Tensor, sampling_metadata: SamplingMetadata) -> SamplerOutput:
         """Tokens for every request of the batch; `logits` [L, V] has scheduled + 1 rows for each."""
         rows, block = self.view()
+        self.ended = False
         device = logits.device
         verified = [0] * len(rows)
         if block is not None:
@@ -98,7 +103,8 @@ class BlendedSampling:
                 verifying = torch.tensor(kept, device=device)
                 logits, hidden = logits[verifying], hidden[verifying]
             known_R = [rows[i] for i in index_R], [verified[i] for i in index_R]
-            tokens_RG, logp_RG = self._verify(*known_R, index_R, block, logits, hidden, sampling_metadata)
+            tokens_RG, logp_RG, ends_R = self._verify(*known_R, index_R, block, logits, hidden, sampling_metadata)
+            self.ended = device.type == "cpu" and not bare and bool(ends_R.all())
             if len(index_R) == len(rows):
                 tokens_BC[:, : tokens_RG.shape[1]], logp_BC[:, : logp_RG.shape[1]] = tokens_RG, logp_RG
             else:
@@ -132,8 +138,10 @@ class BlendedSampling:
         logits_NV: torch.Tensor,
         hidden_NE: torch.Tensor,
         sampling_metadata: SamplingMetadata,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens [R, G] (−1: none) and their log μ for the rows that have drafts, `index_R` of the batch."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens [R, G] (−1: none) and their log μ for the rows that have drafts, `index_R` of the batch, and [R] which
+        of them end.
+        """
         device = logits_NV.device
         vocabulary = self.vocabulary
         num_drafts_R = torch.tensor(num_drafts, device=device)
@@ -187,6 +195,7 @@ class BlendedSampling:
         remaining_R = torch.tensor([row.remaining for row in rows], device=device)
         within_RG = torch.arange(width, device=device) < remaining_R.unsqueeze(1)
         kept_RG = emitted_RG & before_stop_RG & within_RG
+        ends_R = (kept_RG & stop_RG).any(1) | (kept_RG.sum(1) == remaining_R)
 
         token_RG1 = coupled.tokens_BG.clamp(min=0).unsqueeze(-1)
         logp_student_RG = logp_student_RGV.gather(-1, token_RG1).squeeze(-1)
@@ -228,7 +237,7 @@ class BlendedSampling:
         logp_RG = coupled.logp_BG
         if policy.marks_corrections:
             logp_RG = mark_corrections(logp_RG, emitted_RG & ~coupled.accepted_BG)
-        return coupled.tokens_BG.where(kept_RG, PLACEHOLDER_TOKEN_ID), logp_RG.where(kept_RG, 0.0)
+        return coupled.tokens_BG.where(kept_RG, PLACEHOLDER_TOKEN_ID), logp_RG.where(kept_RG, 0.0), ends_R
 
 
 def _output(tokens: torch.Tensor, logp: torch.Tensor) -> SamplerOutput:

@@ -290,7 +290,7 @@ def test_blocks_of_any_length_leave_the_rollouts_exact(run: Run) -> None:
 
 def test_what_the_models_compute(run: Run) -> None:
     """Of a block the teacher reads γ positions, none for a bonus; the student passes γ times over one token a row, and
-    drafts no block behind the request's end.
+    drafts nothing behind the request's end.
     """
     blended, runner = run.engine, run.engine.worker.model_runner
     seen: dict[str, list[int]] = {"teacher": [], "student": []}
@@ -307,13 +307,18 @@ def test_what_the_models_compute(run: Run) -> None:
     runner._model_forward, runner.drafter.model.forward = of_teacher, of_student
     try:
         blended.llm.reset_prefix_cache()
+        torch.manual_seed(0)
         (rollout,) = blended.rollouts([random_prompts(1, 20, seed=11)[0]], 0.1, 12)
     finally:
         runner._model_forward, runner.drafter.model.forward = teacher, student
-    drafts, blocks = blended.draft_tokens, len(rollout.raw.blocks)
-    assert seen["teacher"] == [19] + [drafts] * blocks
+    lengths, left = [], 12
+    for emitted in rollout.raw.blocks:
+        lengths.append(min(blended.draft_tokens, left))
+        left -= emitted
+    assert lengths[-1] < max(blended.draft_tokens, 2), "the last block was to be a short one"
+    assert seen["teacher"] == [19, *lengths]
     assert seen["student"] == [20] + [1] * (len(seen["student"]) - 1)
-    assert len(seen["student"]) == blocks * drafts
+    assert len(seen["student"]) == sum(lengths)
 
 
 def test_what_is_cached_of_ended_requests_is_both_models(run: Run) -> None:

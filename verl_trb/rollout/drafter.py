@@ -7,8 +7,8 @@
 * It does not read again what it drafted itself. vLLM's proposer starts a block with a pass over the whole previous
   one, because a proposer may need the target's hidden states there. The student's own keys and values of the drafts
   are in its cache from drafting them, so a pass over the one new token does.
-* It drafts no block behind the end of all requests. What vLLM caches of them has the student's keys and values, too:
-  they were verified, so drafted.
+* It drafts no further than any request can still go, and nothing where all have ended. What vLLM caches of those has
+  the student's keys and values, too: it was verified, so drafted.
 
 Shapes: B requests of the batch, G drafts a block (γ), V vocabulary.
 """
@@ -57,18 +57,20 @@ class StudentDrafter(DraftModelProposer):
     """
 
     @classmethod
-    def take_over(cls, runner: Any, length: Callable[[], DraftLength], ended: Callable[[], bool]) -> StudentDrafter:
-        """length: what decides on the number of drafts now. ended: see `BlendedSampling`."""
+    def take_over(
+        cls, runner: Any, length: Callable[[], DraftLength], room: Callable[[], int | None]
+    ) -> StudentDrafter:
+        """length: what decides on the number of drafts now. room: `BlendedSampling`'s."""
         drafter: StudentDrafter = runner.drafter
         drafter.__class__ = cls
-        drafter.runner, drafter.length, drafter.ended = runner, length, ended
+        drafter.runner, drafter.length, drafter.room = runner, length, room
         drafter.drafted = drafter.verifying = None
         drafter.goes_on = False
         return drafter
 
     runner: Any
     length: Callable[[], DraftLength]
-    ended: Callable[[], bool]
+    room: Callable[[], int | None]
     drafted: Block | None  # in the last step, for the next one
     verifying: Block | None  # what the current step verifies
     goes_on: bool  # every row of the batch continues a block of ours
@@ -97,9 +99,12 @@ class StudentDrafter(DraftModelProposer):
         if continued is not None:
             for name in requests:
                 length.saw_block(continued.verified, generated[name] - continued.generated[name])
-        if self.ended():
+        room = self.room()
+        if room == 0:
             return torch.zeros(len(requests), 0, dtype=torch.int64, device=self.device)
         drafts = self._choose(length, len(requests))
+        if room is not None:
+            drafts = min(drafts, room)
         self.rejected_B = num_rejected_tokens_gpu
         tokens_BG = super().propose(
             drafts, num_rejected_tokens_gpu=None if self.goes_on else num_rejected_tokens_gpu, **inputs

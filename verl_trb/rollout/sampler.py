@@ -60,7 +60,8 @@ class Row:
 class BlendedSampling:
     """The rule, the vocabulary, and a view of the runner's requests: makes tokens of what vLLM's runner computed.
 
-    ended: every request of the last batch was verified and ended. Known on a CPU only: a GPU would wait for it.
+    room: the most tokens that a request of the last batch may still get, 0 if all have ended; None where a request was
+    not verified, and on a GPU, which would wait for it.
     """
 
     view: Callable[[], tuple[list[Row], Block | None]]
@@ -70,12 +71,12 @@ class BlendedSampling:
     gate: TeacherGate
     traces: Traces = field(default_factory=Traces)
     kept: Kept = field(default_factory=Kept)
-    ended: bool = False
+    room: int | None = None
 
     def draw(self, scheduled: list[int], logits: torch.Tensor, sampling_metadata: SamplingMetadata) -> SamplerOutput:
         """Tokens for every request of the batch; `logits` [L, V] has scheduled + 1 rows for each."""
         rows, block = self.view()
-        self.ended = False
+        self.room = None
         device = logits.device
         verified = [0] * len(rows)
         if block is not None:
@@ -103,8 +104,8 @@ class BlendedSampling:
                 verifying = torch.tensor(kept, device=device)
                 logits, hidden = logits[verifying], hidden[verifying]
             known_R = [rows[i] for i in index_R], [verified[i] for i in index_R]
-            tokens_RG, logp_RG, ends_R = self._verify(*known_R, index_R, block, logits, hidden, sampling_metadata)
-            self.ended = device.type == "cpu" and not bare and bool(ends_R.all())
+            tokens_RG, logp_RG, room_R = self._verify(*known_R, index_R, block, logits, hidden, sampling_metadata)
+            self.room = int(room_R.max()) if device.type == "cpu" and not bare else None
             if len(index_R) == len(rows):
                 tokens_BC[:, : tokens_RG.shape[1]], logp_BC[:, : logp_RG.shape[1]] = tokens_RG, logp_RG
             else:
@@ -139,8 +140,8 @@ class BlendedSampling:
         hidden_NE: torch.Tensor,
         sampling_metadata: SamplingMetadata,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Tokens [R, G] (−1: none) and their log μ for the rows that have drafts, `index_R` of the batch, and [R] which
-        of them end.
+        """For the rows that have drafts, `index_R` of the batch: tokens [R, G] (−1: none), their log μ, and [R] how
+        many tokens each may still get.
         """
         device = logits_NV.device
         vocabulary = self.vocabulary
@@ -195,7 +196,7 @@ class BlendedSampling:
         remaining_R = torch.tensor([row.remaining for row in rows], device=device)
         within_RG = torch.arange(width, device=device) < remaining_R.unsqueeze(1)
         kept_RG = emitted_RG & before_stop_RG & within_RG
-        ends_R = (kept_RG & stop_RG).any(1) | (kept_RG.sum(1) == remaining_R)
+        room_R = (remaining_R - kept_RG.sum(1)).masked_fill((kept_RG & stop_RG).any(1), 0)
 
         token_RG1 = coupled.tokens_BG.clamp(min=0).unsqueeze(-1)
         logp_student_RG = logp_student_RGV.gather(-1, token_RG1).squeeze(-1)
@@ -237,7 +238,7 @@ class BlendedSampling:
         logp_RG = coupled.logp_BG
         if policy.marks_corrections:
             logp_RG = mark_corrections(logp_RG, emitted_RG & ~coupled.accepted_BG)
-        return coupled.tokens_BG.where(kept_RG, PLACEHOLDER_TOKEN_ID), logp_RG.where(kept_RG, 0.0), ends_R
+        return coupled.tokens_BG.where(kept_RG, PLACEHOLDER_TOKEN_ID), logp_RG.where(kept_RG, 0.0), room_R
 
 
 def _output(tokens: torch.Tensor, logp: torch.Tensor) -> SamplerOutput:

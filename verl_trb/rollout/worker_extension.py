@@ -49,7 +49,9 @@ class BlendedWorkerExtension(vLLMColocateWorkerExtension):
         longest = runner.speculative_config.num_speculative_tokens
         # One for each state of the gate: steps without the teacher cost less, and reject nothing.
         self.draft_lengths = [DraftLength(longest, None if adapt_drafts else longest) for _ in (False, True)]
-        StudentDrafter.take_over(runner, lambda: self.draft_lengths[self.teacher_gate.skipped], lambda: sampling.ended)
+        StudentDrafter.take_over(
+            runner, length=lambda: self.draft_lengths[self.teacher_gate.skipped], room=lambda: sampling.room
+        )
         # The drafter samples inside vLLM: its logits are masked where they are made, with verl's own function.
         monkey_patch_compute_logits(runner.drafter.model, shared.size, list(shared.masked))
         runner.rejection_sampler = BehaviorSampler(runner.rejection_sampler, sampling)

@@ -102,8 +102,9 @@ def test_responses_of_the_data_are_trained_on(tmp_path: Path, cache: Path):
         ["trb.loss=full", *(f"actor_rollout_ref.actor.{size}=24" for size in BATCHES)],  # two updates a step
         ["trb.loss=full", "trb.divergence=jsd", "trb.sft_steps=1"],
         ["trb.loss=sampled"],
+        ["trb.loss=full", "trainer.n_gpus_per_node=2", f"actor_rollout_ref.actor.{BATCHES[1]}=24"],
     ],
-    ids=["topk", "full", "jsd", "sampled"],
+    ids=["topk", "full", "jsd", "sampled", "two ranks"],
 )
 def test_reuse_of_verification_trains_as_reading_the_teacher_again(tmp_path: Path, cache: Path, loss: list[str]):
     """The same rollouts, and losses that agree to float32's precision; the last step is not guided, and reads it."""

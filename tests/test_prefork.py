@@ -234,6 +234,33 @@ def test_a_client_that_is_killed_while_it_asks_does_not_end_the_template(py_exec
     assert "torch" in json.loads((tmp_path / "result").read_text())[4]
 
 
+def test_a_run_waits_for_its_processes_but_not_for_the_template(py_executable: str, tmp_path: Path):
+    """Its forks; with a Ray of its own also the forks of a template that it shares, which are no children of it."""
+    from verl_trb.launch import _processes
+
+    (logs := tmp_path / "logs").mkdir()
+    (script := tmp_path / "worker.py").write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)\n")
+    printed = [logs / "fork.out", logs / "of another.out"]
+    commands = [[*shlex.split(py_executable), str(script)], ["sh", "-c", f"{sys.executable} {script} &"]]
+    for command, file in zip(commands, printed, strict=True):
+        with file.open("w") as output:
+            subprocess.run(command, stdout=output, check=True)
+    for _ in range(300):
+        if all(file.read_text().endswith("\n") for file in printed):
+            break
+        time.sleep(0.1)
+    fork, other = (psutil.Process(int(file.read_text())) for file in printed)
+    try:
+        template_process = fork.parent()
+        assert template_process in psutil.Process().children() and other not in psutil.Process().children()
+        own, joined = _processes(logs), _processes(None)
+        assert fork in own and other in own and template_process not in own
+        assert fork in joined and other not in joined and template_process not in joined
+    finally:
+        for process in (fork, other):
+            process.kill()
+
+
 def test_the_template_ends_with_a_killed_driver(tmp_path: Path):
     driver = """
 import sys, time

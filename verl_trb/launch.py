@@ -17,7 +17,7 @@ import ray
 from omegaconf import DictConfig, OmegaConf, open_dict
 from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
-from verl_trb import cluster, compat
+from verl_trb import cluster, compat, prefork
 from verl_trb.checkpoints import find
 from verl_trb.display import Display
 from verl_trb.dry_run import placement_rows
@@ -233,6 +233,23 @@ def _events(runner: Any, seen: int) -> list[dict[str, Any]]:
         return []
 
 
+def _processes(logs: Path | None) -> list[psutil.Process]:
+    """The run's processes on this machine, without the template, which serves the next start, too.
+
+    logs: where its own Ray keeps what they print; with that those that a template of several runs has forked, which are
+    no children of this process.
+    """
+    this = psutil.Process()
+    found = set(this.children(recursive=True))
+    with contextlib.suppress(psutil.NoSuchProcess):
+        found -= {child for child in this.children() if prefork.__name__ in child.cmdline()}
+    for process in psutil.process_iter() if logs is not None else ():
+        with contextlib.suppress(OSError):  # ended, or another user's
+            if Path(os.readlink(f"/proc/{process.pid}/fd/1")).parent == logs:
+                found.add(process)
+    return list(found)
+
+
 def _stop_ray(run_dir: Path, known: set[str]) -> None:
     """Shut Ray down, wait until the processes it had here are gone, and keep their logs in the run's folder, without
     the secrets in `known`.
@@ -247,7 +264,7 @@ def _stop_ray(run_dir: Path, known: set[str]) -> None:
         cluster.collect_logs(cluster.nodes(), target)
         for file in filter(Path.is_file, target.rglob("*")):
             redact_file(file, known)
-    processes = psutil.Process().children(recursive=True)
+    processes = _processes(logs if own else None)
     ray.shutdown()
     _, alive = psutil.wait_procs(processes, timeout=10)
     for process in alive:

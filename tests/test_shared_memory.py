@@ -19,6 +19,18 @@ resource_tracker.unregister(segment._name, "shared_memory")
 print(segment.name)
 """
 
+# Another run's weight syncs, on a machine so busy that a segment is unmapped for a while before it is removed.
+SYNCS = """
+import time
+from multiprocessing import shared_memory
+print("begins", flush=True)
+for _ in range(30):
+    segment = shared_memory.SharedMemory(f"verl_weights_{time.time_ns()}", create=True, size=64)
+    segment.close()
+    time.sleep(0.1)
+    segment.unlink()
+"""
+
 
 @pytest.mark.parametrize("kind", ["plain", "sync"])
 def test_orphans_are_removed_and_segments_in_use_are_kept(kind: str):
@@ -35,3 +47,14 @@ def test_orphans_are_removed_and_segments_in_use_are_kept(kind: str):
     finally:
         used.close()
         used.unlink()
+
+
+def test_segments_that_another_run_is_about_to_remove_are_left_to_it():
+    since = time.time() - 1
+    process = subprocess.Popen([sys.executable, "-c", SYNCS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    removed = []
+    while process.poll() is None:
+        removed += remove_orphans(since)
+    assert (process.returncode, process.stderr.read(), removed) == (0, "", [])

@@ -6,9 +6,11 @@ those of a run that starts again.
 
 import contextlib
 import os
+import time
 from pathlib import Path
 
 FOLDER = Path("/dev/shm")
+SETTLE = 0.5  # seconds in which who has unmapped a segment has also removed it
 PREFIXES = ("psm_", "sem.mp-", "verl_weights_")  # names that Python's multiprocessing and verl's weight syncs give
 
 
@@ -26,11 +28,18 @@ def remove_orphans(since: float) -> list[str]:
             status = file.stat()
             if file.name.startswith(PREFIXES) and status.st_uid == os.getuid() and status.st_ctime >= since:
                 found.append(file)
-    used = _mapped()  # after they were found: what another run has made meanwhile is not among them
-    removed = [file for file in found if str(file) not in used]
-    for file in removed:
+    orphans = _unmapped(found)  # after they were found: what another run has made meanwhile is not among them
+    if orphans:
+        time.sleep(SETTLE)  # or another run, about to remove its own, would find it gone
+        orphans = _unmapped(orphans)
+    for file in orphans:
         file.unlink(missing_ok=True)
-    return [file.name for file in removed]
+    return [file.name for file in orphans]
+
+
+def _unmapped(files: list[Path]) -> list[Path]:
+    used = _mapped()
+    return [file for file in files if str(file) not in used and file.exists()]
 
 
 def _mapped() -> set[str]:

@@ -13,6 +13,8 @@ KV caches for both models and our solver.
     lockstep  1 / (1/student + 1/teacher) tokens a second: both models once a token, nothing else
     bound     tokens of a block / (drafts * student's pass + teacher's pass), both passes timed inside our engine; it is
               about blocks, so the passes over the prompts are left out of our time, too
+    models    the share of our engine's time that both models' passes take. The bound leaves out that at the end, when
+              some requests have ended, a pass gives fewer tokens
     sampler   the share of our engine's time that goes into solver, acceptance and statistics
     sched.    the share outside the worker: scheduler and outputs, what asynchronous scheduling could hide at most
               (vLLM itself has none on a CPU)
@@ -346,7 +348,7 @@ def show(options: argparse.Namespace, batch: int, result: dict[str, dict[str, fl
     result["lockstep"] = {"rate": lockstep}
     print(f"\nbatch {batch}: tokens/s: student {rate['student']:.0f}, teacher {rate['teacher']:.1f}, ", end="")
     print(f"ideal lockstep {lockstep:.1f}" + (f", loop {rate['loop']:.1f}" if "loop" in rate else ""))
-    print("drafts  tokens/s  lockstep  loop   bound  sampler  sched.  tokens/block  accepted  TV     passes")
+    print("drafts  tokens/s  lockstep  loop   bound  models  sampler  sched.  tokens/block  accepted  TV     passes")
     for name in [*map(str, options.gammas), "auto"]:
         values = result[name]
         values["to_lockstep"] = rate[name] / lockstep
@@ -359,7 +361,7 @@ def show(options: argparse.Namespace, batch: int, result: dict[str, dict[str, fl
         passes = ""
         if "bound" in values:
             passes = f"{1e3 * values['student_pass']:.1f} ms, {1e3 * values['teacher_pass']:.1f} ms"
-        shares = f"{values['sampler']:7.1%}  {values['scheduling']:6.1%}"
+        shares = f"{values['models']:6.0%}  {values['sampler']:7.1%}  {values['scheduling']:6.1%}"
         block = f"{values['tokens']:12.2f}  {values['acceptance']:8.1%}  {values['tv']:.3f}"
         ratio = f"{values['to_lockstep']:7.2f}×  {loop:5}  {bound:5}"
         print(f"{name:6}  {rate[name]:8.1f}  {ratio}  {shares}  {block}  {passes}")

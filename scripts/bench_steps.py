@@ -50,8 +50,13 @@ SIDES = (*OURS, "verl", "verl_fast", "trl")
 SIZES = {"bench": (16, 64), "toy": (32, 32)}  # rollouts, their tokens
 TOY_VOCABULARY = 64
 TOY = {"student": shape(64, 176, 2, 2, 1), "teacher": shape(128, 352, 4, 4, 1)}
-TARGETS = [("vanilla", "verl", 0.8), ("trb", "verl", 1.0), ("vanilla", "trl", 0.7), ("trb", "trl", 1.2)]
-TARGETS += [("trb_reuse", "trl", 1.2)]
+TARGETS = [
+    ("vanilla", "verl", 0.8),
+    ("trb", "verl", 1.0),
+    ("vanilla", "trl", 0.7),
+    ("trb", "trl", 1.2),
+    ("trb_reuse", "trl", 1.2),
+]
 TOY_TARGET = 0.4
 BESIDE = [("vanilla", "verl_fast"), ("trb", "verl_fast"), ("reuse", "topk"), ("trb_reuse", "trb")]
 

@@ -241,8 +241,10 @@ def _processes(logs: Path | None) -> list[psutil.Process]:
     """
     this = psutil.Process()
     found = set(this.children(recursive=True))
-    with contextlib.suppress(psutil.NoSuchProcess):
-        found -= {child for child in this.children() if prefork.__name__ in child.cmdline()}
+    for child in this.children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if prefork.__name__ in child.cmdline():
+                found.discard(child)
     for process in psutil.process_iter() if logs is not None else ():
         with contextlib.suppress(OSError):  # ended, or another user's
             if Path(os.readlink(f"/proc/{process.pid}/fd/1")).parent == logs:

@@ -85,8 +85,10 @@ def reused_of_teacher(trb: Any, step: int) -> int | None:
     """What a training step takes from verification (verified.py) instead of reading the teacher again: of the top-k
     reverse KL k, of all other losses HIDDEN_STATES, nothing None.
     """
+    if not trb.reuse_verification or not needs_teacher(trb, step):  # first: every rollout asks
+        return None
     objective = step_objective(trb, step)
-    if not trb.reuse_verification or not needs_teacher(trb, step) or not objective.distills:
+    if not objective.distills:
         return None
     few = objective.mode == TOPK and objective.divergence == REVERSE_KL
     return trb.topk if few else HIDDEN_STATES

@@ -113,15 +113,14 @@ class DistillationEngine(FSDPEngineWithLMHead):
         teacher: dict[str, Tensor | None] = {}
         if VERIFIED in micro_batch:
             teacher["verified_BTC"] = at_predictions(micro_batch, VERIFIED, input_ids_BT)
+        elif TEACHER_HIDDEN in micro_batch:
+            weight_VE, bias_V = self.teacher.output_layer()
+            hidden_BTE = at_predictions(micro_batch, TEACHER_HIDDEN, input_ids_BT).to(weight_VE.dtype)
+            teacher |= {"hidden_BTE": hidden_BTE, "weight_VE": weight_VE, "bias_V": bias_V}
         else:
-            weight_VE, teacher["bias_V"] = self.teacher.output_layer()
-            teacher["weight_VE"] = weight_VE
-            if TEACHER_HIDDEN in micro_batch:
-                known_BTE = at_predictions(micro_batch, TEACHER_HIDDEN, input_ids_BT)
-                teacher["hidden_BTE"] = known_BTE.to(weight_VE.dtype)
-            else:
-                with self.spans.during("teacher"):
-                    teacher["hidden_BTE"] = self.teacher.hidden_states(**model_inputs)
+            with self.spans.during("teacher"):
+                teacher["hidden_BTE"] = self.teacher.hidden_states(**model_inputs)
+                teacher["weight_VE"], teacher["bias_V"] = self.teacher.output_layer()
         self.student_since = time.time()
         select_BT, label_BT = prediction_layout(micro_batch, input_ids_BT)
         corrected = CORRECTED in micro_batch

@@ -86,6 +86,17 @@ def wait_for_rollouts(run_dir: Path, step: int) -> None:
         time.sleep(0.01)
 
 
+def rollouts_at_checkpoint(process: subprocess.Popen, run_dir: Path, step: int) -> int:
+    """How many rollouts of `step` are in their file when its checkpoint gets its name."""
+    file, folder = run_dir / "rollouts" / f"{step}.jsonl", run_dir / "checkpoints" / f"global_step_{step}"
+    deadline = time.monotonic() + TIMEOUT
+    while not folder.exists():
+        assert process.poll() is None, f"ended with {process.returncode}:\n{printed(run_dir)}"
+        assert time.monotonic() < deadline, f"no {folder} in {TIMEOUT} s:\n{printed(run_dir)}"
+        time.sleep(0.001)
+    return file.read_text().count("\n") if file.exists() else 0
+
+
 def tree(process: subprocess.Popen) -> list[psutil.Process]:
     root = psutil.Process(process.pid)
     return [root, *root.children(recursive=True)]
@@ -109,6 +120,7 @@ def runs(tmp_path_factory, cache) -> dict:
     shm_before = shared_memory()
 
     killed = start(run_dir, cache)
+    at_checkpoint = rollouts_at_checkpoint(killed, run_dir, 2)
     wait_for_step(killed, run_dir, 3, after=0)
     wait_for_rollouts(run_dir, 3)
     processes = tree(killed)
@@ -139,6 +151,7 @@ def runs(tmp_path_factory, cache) -> dict:
         "run_dir": run_dir,
         "killed_at": after_kill,
         "lost": lost,
+        "at_checkpoint": at_checkpoint,
         "first_rollouts": first_rollouts,
         "interrupted": (interrupted.returncode, [process.name() for process in alive]),
         "interrupted_at": after_interrupt,
@@ -173,6 +186,10 @@ def test_resumed_run_sees_the_prompts_it_had_not_trained_on(runs):
     assert prompts(runs["run_dir"], 3) == runs["first_rollouts"][3]
     seen = [set(prompts(runs["run_dir"], step)) for step in range(1, STEPS + 1)]
     assert len(set.union(*seen)) == STEPS * BATCH, "a prompt came twice within one epoch"
+
+
+def test_rollouts_of_a_checkpoint_are_on_the_disk_before_it(runs):
+    assert runs["at_checkpoint"] == BATCH, "a run killed now would never write them: the step is not drawn again"
 
 
 def test_epsilon_continues(runs):
@@ -362,8 +379,11 @@ def test_two_runs_side_by_side(tmp_path, cache):
 
 def test_the_parts_of_every_step_add_up_and_one_step_is_drawn(runs):
     timelines = {one.step: one for one in read_timeline(runs["run_dir"])}
-    timed = [line for line in runs["metrics"][1:] if line["step"] != runs["lost"]["step"]]  # that one lost its times
-    assert len(timed) == STEPS - 1
+    timed = [line for line in runs["metrics"][1:] if "timing_s/step" in line]
+    untimed = {line["step"] for line in runs["metrics"][1:]} - {line["step"] for line in timed}
+    # Killed between its checkpoint and its end, step 2 lost its times; the Ctrl-C may have come there, too.
+    at_interrupt = lines(runs["run_dir"])[runs["interrupted_at"]]["step"]
+    assert {runs["lost"]["step"]} <= untimed <= {runs["lost"]["step"], at_interrupt}
     for line in timed:
         times = {name.removeprefix("timing_s/"): line[name] for name in line if name.startswith("timing_s/")}
         parts = {name: seconds for name, seconds in times.items() if name not in NOT_PARTS}

@@ -26,9 +26,12 @@ TENSOR = "uint8 tensor"
 
 
 class CheckpointingTrainer(WatchedTrainer):
-    """Saves and resumes. `step_line()`: what is known of the step's line of metrics.jsonl at its checkpoint."""
+    """Saves and resumes. `step_line()`: what is known of the step's line of metrics.jsonl at its checkpoint.
+    `write_rollouts()`: to trainer.rollout_data_dir, where that is set; the step is not drawn again.
+    """
 
     step_line: Callable[[], dict[str, Any]]
+    write_rollouts: Callable[[], None]
 
     def _save_checkpoint(self) -> None:
         root, step = Path(self.config.trainer.default_local_dir), self.global_steps
@@ -36,6 +39,7 @@ class CheckpointingTrainer(WatchedTrainer):
         self.now(f"the checkpoint of step {step}")
         line, partial = self.step_line(), None
         try:
+            self.write_rollouts()
             partial = checkpoints.begin(root, step)
             # max_ckpt_to_keep=None: verl would remove older ones before this one is complete.
             self.actor_rollout_wg.save_checkpoint(str(partial / "actor"), None, step, max_ckpt_to_keep=None)

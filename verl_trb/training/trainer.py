@@ -54,6 +54,7 @@ class DistillationTrainer(CheckpointingTrainer):
         super().__init__(config)
         self.pending: dict[str, float] = {}
         self.skipped = 0  # updates left out, the last ones in a row
+        self.written = 0  # the last step whose rollouts are in trainer.rollout_data_dir
         self.history: deque[dict[str, Any]] = deque(maxlen=guard_rails.WINDOW + 1)
         self.warned: dict[str, int] = {}  # what was warned about, and when
         self.spans = Spans("trainer")
@@ -296,6 +297,18 @@ class DistillationTrainer(CheckpointingTrainer):
         # The times are not complete; verl computes a throughput from them.
         self._describe(batch, metrics, {**self.timing_raw, "step": 1.0}, step, (step - 1) // self.steps_per_epoch)
         return {name: value for name, value in _line(metrics, step).items() if not name.startswith(TIMES)}
+
+    def write_rollouts(self) -> None:
+        if folder := self.config.trainer.get("rollout_data_dir"):
+            self._log_rollout_data(self.trained[0], {}, folder)
+            for writing in self._dump_futures:
+                writing.result()
+
+    def _log_rollout_data(self, batch: Any, timing_raw: dict, rollout_data_dir: str) -> None:
+        """verl's, which asks at the end of every step: not again for one that was written at its checkpoint."""
+        if self.written != self.global_steps:
+            self.written = self.global_steps
+            super()._log_rollout_data(batch, timing_raw, rollout_data_dir)
 
     def _describe(self, batch: Any, metrics: dict, timing_raw: dict, global_steps: int, epoch: int) -> None:
         """Adds what the step's batch, objective and rollouts say to `metrics`."""

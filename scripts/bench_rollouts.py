@@ -11,10 +11,9 @@ number of drafts, fixed, chosen by itself (auto), and at epsilon = 0; `loop` is 
 KV caches for both models and our solver.
 
     lockstep  1 / (1/student + 1/teacher) tokens a second: both models once a token, nothing else
-    bound     tokens of a block / (drafts * student's pass + teacher's pass), both passes timed inside our engine; it is
-              about blocks, so the passes over the prompts are left out of our time, too
-    models    the share of our engine's time that both models' passes take. The bound leaves out that at the end, when
-              some requests have ended, a pass gives fewer tokens
+    bound     tokens of a block / (drafts * student's pass + teacher's pass), timed inside our engine and averaged over
+              all of its blocks, also the last ones, where some requests have ended; printed is the share of it that we
+              reach. It is about blocks, so the passes over the prompts are left out of our time, too
     sampler   the share of our engine's time that goes into solver, acceptance and statistics
     sched.    the share outside the worker: scheduler and outputs, what asynchronous scheduling could hide at most
               (vLLM itself has none on a CPU)
@@ -173,6 +172,7 @@ class Ours(Plain):
         parts = {name: [part.take() for part in timed] for name, timed in self.parts.items()}
         models = [call for name in ("teacher", "student") for part in parts[name] for call in part]
         longest = len(prompts) * (drafts or self.drafts)  # rows of a block; a pass over prompts has more
+        over_prompts = sum(s for rows, s in models if rows > longest)
         answer = {
             "rate": tokens / seconds,
             "tokens": tokens / sums["blocks"],
@@ -180,18 +180,16 @@ class Ours(Plain):
             "tv": sums["tv"] / sums["verified"],
             "sampler": sum(s for _, s in parts["sampler"][0]) / seconds,
             "scheduling": self.scheduling(seconds),
-            "models": sum(s for _, s in models) / seconds,
-            "blocks": tokens / (seconds - sum(s for rows, s in models if rows > longest)),
+            "blocks": tokens / (seconds - over_prompts),
+            "bound": tokens / (sum(s for _, s in models) - over_prompts),
         }
         if drafts:
-            # One block: `drafts` passes of the student over one token a row, one of the teacher over the drafts.
-            # Means, as the run's own time is a sum, too.
+            # Of whole blocks: `drafts` passes of the student over one token a row, one of the teacher over the drafts.
             student = sum(statistics.mean(s for rows, s in part if rows == len(prompts)) for part in parts["student"])
             block = [[s for rows, s in part if rows == len(prompts) * drafts] for part in parts["teacher"]]
             if all(block):
                 teacher = sum(statistics.mean(part) for part in block)
                 answer |= {"student_pass": student, "teacher_pass": teacher}
-                answer["bound"] = len(prompts) * answer["tokens"] / (drafts * student + teacher)
         return answer
 
 
@@ -348,22 +346,20 @@ def show(options: argparse.Namespace, batch: int, result: dict[str, dict[str, fl
     result["lockstep"] = {"rate": lockstep}
     print(f"\nbatch {batch}: tokens/s: student {rate['student']:.0f}, teacher {rate['teacher']:.1f}, ", end="")
     print(f"ideal lockstep {lockstep:.1f}" + (f", loop {rate['loop']:.1f}" if "loop" in rate else ""))
-    print("drafts  tokens/s  lockstep  loop   bound  models  sampler  sched.  tokens/block  accepted  TV     passes")
+    print("drafts  tokens/s  lockstep  loop   bound  sampler  sched.  tokens/block  accepted  TV     passes")
     for name in [*map(str, options.gammas), "auto"]:
         values = result[name]
         values["to_lockstep"] = rate[name] / lockstep
         if "loop" in rate:
             values["to_loop"] = rate[name] / rate["loop"]
-        if "bound" in values:
-            values["to_bound"] = values["blocks"] / values["bound"]
+        values["to_bound"] = values["blocks"] / values["bound"]
         loop = f"{values['to_loop']:.2f}×" if "to_loop" in values else "–"
-        bound = f"{values['to_bound']:.0%}" if "to_bound" in values else "–"
         passes = ""
-        if "bound" in values:
+        if "student_pass" in values:
             passes = f"{1e3 * values['student_pass']:.1f} ms, {1e3 * values['teacher_pass']:.1f} ms"
-        shares = f"{values['models']:6.0%}  {values['sampler']:7.1%}  {values['scheduling']:6.1%}"
+        shares = f"{values['to_bound']:5.1%}  {values['sampler']:7.1%}  {values['scheduling']:6.1%}"
         block = f"{values['tokens']:12.2f}  {values['acceptance']:8.1%}  {values['tv']:.3f}"
-        ratio = f"{values['to_lockstep']:7.2f}×  {loop:5}  {bound:5}"
+        ratio = f"{values['to_lockstep']:7.2f}×  {loop:5}"
         print(f"{name:6}  {rate[name]:8.1f}  {ratio}  {shares}  {block}  {passes}")
     fixed = max(rate[str(drafts)] for drafts in options.gammas)
     result["auto"]["to_fixed"], result["zero"]["to_student"] = rate["auto"] / fixed, rate["zero"] / rate["student"]

@@ -263,9 +263,26 @@ def test_draws_are_in_proportion_to_the_weights(scale: float) -> None:
     assert float(((drawn_V - expected_V)[some_V] ** 2 / expected_V[some_V]).sum()) < 45
 
 
-def test_a_row_with_nan_still_gets_an_id() -> None:
+@pytest.mark.parametrize("size", [2048, 2048 + 37])
+def test_draws_of_a_large_vocabulary_are_in_proportion_to_the_weights(size: int) -> None:
+    """The same where a chunk is drawn first: at its edges, in one with a single token, and in the last, shorter one."""
+    weight_V = torch.zeros(size)
+    weight_V[[0, 3, 127, 128, 129, 255, 640, 1500, -2, -1]] = torch.tensor([3, 1, 0.5, 7, 2, 2, 4, 1.5, 0.1, 9.0])
+    count = 200_000
+    drawn_V = torch.zeros(size, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        drawn_V += draw(weight_V.expand(count // 10, -1), generator).bincount(minlength=size)
+    expected_V = count * (weight_V / weight_V.sum()).double()
+    some_V = weight_V > 0
+    assert (drawn_V[~some_V] == 0).all()
+    assert float(((drawn_V - expected_V)[some_V] ** 2 / expected_V[some_V]).sum()) < 45
+
+
+@pytest.mark.parametrize("size", [8, 5000])
+def test_a_row_with_nan_still_gets_an_id(size: int) -> None:
     """Any id: the engine counts the row as broken (statistics.py), for which it must look it up."""
-    weight_BV = torch.rand(3, 8)
+    weight_BV = torch.rand(30, size)
     weight_BV[1, 4] = torch.nan
     token_B = draw(weight_BV)
-    assert ((token_B >= 0) & (token_B < 8)).all() and token_B[1] == 0
+    assert ((token_B >= 0) & (token_B < size)).all()

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from verl_trb.exact_rows import Scratch, exact_gradient, exact_rows
+from verl_trb.exact_rows import exact_gradient, exact_rows
+from verl_trb.scratch import Scratch
 
 INF = math.inf
 

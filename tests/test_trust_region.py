@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import oracles
 import pytest
 import torch
 
+from verl_trb import trust_region
 from verl_trb.trust_region import Blend, blend, solve_beta
 
 INF = math.inf
@@ -210,6 +212,20 @@ def test_sure_models_that_disagree(dtype):
             check_row(log_mu[i], beta[i], kl[i], logp_student[i], logp_teacher[i], epsilon, slack)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_teacher_that_is_sure_where_the_student_is_not(dtype):
+    """KL(pi_S || pi_T) is far beyond float32's range of exponentials, KL(pi_T || pi_S) is log 2."""
+    teacher = [[gap, 0.0] for gap in (80.0, 150.0, 300.0, 600.0)]
+    logp_teacher = torch.tensor(teacher, dtype=dtype).log_softmax(-1)
+    logp_student = torch.zeros_like(logp_teacher).log_softmax(-1)
+    assert torch.equal(blend(logp_student, logp_teacher, 0.7).log_mu, logp_teacher)
+    for epsilon in (0.01, 0.3, 0.69):
+        log_mu, beta, kl = blend(logp_student, logp_teacher, epsilon)
+        for i in range(len(teacher)):
+            slack = 0.0 if dtype == torch.float64 else 3e-6
+            check_row(log_mu[i], beta[i], kl[i], logp_student[i], logp_teacher[i], epsilon, slack)
+
+
 @pytest.mark.parametrize("tolerance", [1e-1, 1e-2, 1e-5, 1e-8])
 def test_tolerance(tolerance):
     logp_student, logp_teacher = pair(20, 200, gap=2.0, dtype=torch.float64)
@@ -306,3 +322,20 @@ def test_wrong_input(change, words):
     given = {"logp_student": torch.zeros(3, 4), "logp_teacher": torch.zeros(3, 4), "epsilon": 0.1} | change
     with pytest.raises(ValueError, match=words):
         blend(**given)
+
+
+def test_memory_that_is_kept_between_calls_leaves_nothing_behind():
+    """Larger, smaller, of another dtype, in inference mode and outside, and in a thread beside: all as alone."""
+    pairs = [pair(rows, size, gap=2.0, dtype=dtype) for rows, size, dtype in (
+        (30, 40, torch.float32), (3, 50, torch.float32), (30, 40, torch.float64), (31, 41, torch.float32))]  # fmt: skip
+    alone = []
+    for logp_student, logp_teacher in pairs:
+        trust_region._SCRATCH.buffers.clear()
+        alone.append(blend(logp_student, logp_teacher, 0.1).log_mu)
+    with torch.inference_mode():
+        blend(*pairs[0], 0.1)
+    with ThreadPoolExecutor(2) as pool:
+        for expected, log_mu in zip(alone * 5, pool.map(lambda two: blend(*two, 0.1).log_mu, pairs * 5), strict=True):
+            assert torch.equal(expected, log_mu)
+    for expected, two in zip(alone, pairs, strict=True):
+        assert torch.equal(expected, blend(*two, 0.1).log_mu)

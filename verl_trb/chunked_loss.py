@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from verl_trb.divergences import Integrand, Prefixes, reverse_kl
-from verl_trb.exact_rows import Scratch, exact_gradient, exact_rows
+from verl_trb.exact_rows import exact_gradient, exact_rows
+from verl_trb.scratch import Scratch
 from verl_trb.vocabulary import Role, SharedVocabulary, canonicalize
 
 # (student logits of a chunk, its rows, upstream_JC or None)

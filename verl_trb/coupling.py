@@ -16,6 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from verl_trb.bits import exp
+
+# Numbers from which a CPU draws a chunk of the vocabulary first; all of its cumulative weights take ten times as long.
+MANY, CHUNK = 2**18, 128
+
 
 class Coupled(NamedTuple):
     """What a block of drafts becomes.
@@ -114,8 +119,8 @@ def _rows_to_correct(corrected_BG: Tensor) -> Tensor:
 
 def _correct(log_mu_BV: Tensor, logp_student_BV: Tensor, generator: torch.Generator | None) -> Tensor:
     """One token a row from (mu - pi_S)+, normalized: token_B."""
-    mu_BV = log_mu_BV.exp()
-    residual_BV = (mu_BV - logp_student_BV.exp()).clamp_min_(0)
+    mu_BV = exp(log_mu_BV)
+    residual_BV = (mu_BV - exp(logp_student_BV)).clamp_min_(0)
     # A rejection means mu < pi_S somewhere, hence mu > pi_S elsewhere by the same mass, TV. It can only round
     # to nothing if TV is below the rounding of the sums, so drawing from mu then changes the law by no more
     # than that.
@@ -127,14 +132,30 @@ def _correct(log_mu_BV: Tensor, logp_student_BV: Tensor, generator: torch.Genera
 def draw(weight_BV: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """One id a row, int64 [B], in proportion to weights >= 0 that need not add up to 1; never one of weight 0.
 
-    On a CPU by one uniform number a row and the cumulative weights in float64: an exponential variate a token, the
-    usual way on a GPU, costs there as much as a small model's forward pass. A row with NaN gets some id, too.
+    On a CPU by uniform numbers and cumulative weights: an exponential variate a token, the usual way on a GPU, costs
+    there as much as a small model's forward pass. Of a large vocabulary first a chunk is drawn, then a token of it.
+    A row with NaN gets some id, too.
     """
     if weight_BV.device.type != "cpu":
         # argmax of weight / Exp(1) is such a draw, without normalizing.
         clock_BV = torch.empty_like(weight_BV).exponential_(generator=generator)
         return (weight_BV / clock_BV.clamp_min_(torch.finfo(clock_BV.dtype).tiny)).argmax(-1)
+    rows, size = weight_BV.shape
+    if weight_BV.numel() < MANY or size < 8 * CHUNK:
+        return _draw_cumulative(weight_BV, generator).squeeze(-1)
+    whole = size // CHUNK * CHUNK
+    sum_BK = weight_BV[:, :whole].unflatten(-1, (-1, CHUNK)).sum(-1)
+    if whole < size:
+        sum_BK = torch.cat([sum_BK, weight_BV[:, whole:].sum(-1, keepdim=True)], -1)
+    token_BC = CHUNK * _draw_cumulative(sum_BK, generator) + torch.arange(CHUNK)
+    chunk_BC = weight_BV.gather(-1, token_BC.clamp(max=size - 1))
+    if whole < size:
+        chunk_BC = chunk_BC.where(token_BC < size, 0)
+    return token_BC.gather(-1, _draw_cumulative(chunk_BC, generator)).squeeze(-1)
+
+
+def _draw_cumulative(weight_BV: Tensor, generator: torch.Generator | None) -> Tensor:
+    """[B, 1] ids; the last one in a row with NaN."""
     sum_BV = weight_BV.cumsum(-1, dtype=torch.float64)
-    uniform_B1 = torch.rand(len(weight_BV), 1, dtype=torch.float64, generator=generator)
-    token_B = torch.searchsorted(sum_BV, uniform_B1 * sum_BV[:, -1:], right=True).squeeze(-1)
-    return token_B.where(token_B < weight_BV.shape[-1], 0)
+    uniform_B1 = torch.rand(len(sum_BV), 1, dtype=torch.float64, generator=generator)
+    return torch.searchsorted(sum_BV, uniform_B1 * sum_BV[:, -1:], right=True).clamp_(max=weight_BV.shape[-1] - 1)

@@ -15,21 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
-class Scratch:
-    """Buffers by name, used again chunk after chunk on a CPU, where fresh memory costs page faults."""
-
-    def __init__(self) -> None:
-        self.buffers: dict[str, Tensor] = {}
-
-    def empty(self, name: str, shape: torch.Size, like: Tensor) -> Tensor:
-        """An uninitialized tensor; on a CPU it overwrites the previous one of that name."""
-        if like.device.type != "cpu":
-            return like.new_empty(shape)
-        buffer = self.buffers.get(name)
-        if buffer is None or buffer.numel() < shape.numel() or buffer.dtype != like.dtype:
-            buffer = self.buffers[name] = like.new_empty(shape.numel())
-        return buffer[: shape.numel()].view(shape)
+from verl_trb.scratch import Scratch
 
 
 class ExactRows(NamedTuple):

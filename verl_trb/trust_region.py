@@ -16,6 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from verl_trb.bits import LOG2_E, LOG_2
+from verl_trb.scratch import Scratch, ThreadScratch
+
 # Log-probabilities under this are probability 0: float64 holds hardly less, and float32 would lose the digits
 # of beta * ratio.
 LOG_ZERO = -700.0
@@ -23,8 +26,11 @@ LOG_ZERO = -700.0
 PATIENCE = 5
 # Stands for infinity in the passes: unlike infinity, it makes no NaN out of 0 * infinity.
 HUGE = 1e30
-# Numbers in one tensor of a block on a CPU: five such tensors in float32 stay in a level-3 cache of 16 MB.
-BLOCK_ELEMENTS = 2**19
+# Sums of weights that lie between have lost nothing to the range of float32.
+LEAST_SUM, MOST_SUM = 1e-25, 1e25
+# Numbers in one tensor of a block on a CPU: the three that a pass reads stay in a level-3 cache of 16 MB, in float32.
+BLOCK_ELEMENTS = 2**20
+_SCRATCH = ThreadScratch()
 
 
 class Blend(NamedTuple):
@@ -40,12 +46,15 @@ class Blend(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """beta_N, KL(mu || pi_S) kl_N, log normalizer log_z_N of pi_S e^(beta ratio), passes_N over V."""
+    """beta_N, KL(mu || pi_S) kl_N, log normalizer log_z_N of pi_S e^(beta ratio), passes_N over V; one_sided: whether a
+    token has probability 0 in one model only.
+    """
 
     beta_N: Tensor
     kl_N: Tensor
     log_z_N: Tensor
     passes_N: Tensor
+    one_sided: bool
 
 
 @torch.no_grad()
@@ -94,15 +103,21 @@ def blend(
     log_mu_NV = torch.empty(student_NV.shape, dtype=dtype, device=student_NV.device)
     beta_N = torch.zeros_like(epsilon_N)
     kl_N = torch.zeros_like(epsilon_N)
-    # On a CPU: as many rows at a time as keep the temporaries in its cache, and one scratch for all blocks.
+    # On a CPU: as many rows at a time as keep the temporaries in its cache.
     step = max(1, BLOCK_ELEMENTS // size if student_NV.device.type == "cpu" else len(student_NV))
-    scratch_3NV = log_mu_NV.new_empty(3, min(step, len(student_NV)), size)
+    scratch_3NV = _scratch(log_mu_NV[:step])
     for rows in (slice(start, start + step) for start in range(0, len(student_NV), step)):
         student_MV, teacher_MV = student_NV[rows].to(dtype), teacher_NV[rows].to(dtype)
         beta_N[rows], kl_N[rows] = _blend_rows(
             student_MV, teacher_MV, epsilon_N[rows], tolerance, max_passes, log_mu_NV[rows], scratch_3NV
         )
     return Blend(log_mu_NV.reshape(*batch, size), beta_N.reshape(batch), kl_N.reshape(batch))
+
+
+def _scratch(like_NV: Tensor) -> Tensor:
+    """Three uninitialized tensors like this one."""
+    kept = like_NV.numel() <= BLOCK_ELEMENTS  # not for a single row that is longer
+    return (_SCRATCH if kept else Scratch()).empty("passes", torch.Size((3, *like_NV.shape)), like_NV)
 
 
 def _blend_rows(
@@ -123,15 +138,17 @@ def _blend_rows(
         student_NV, teacher_NV, epsilon_N, tolerance=tolerance, max_passes=max_passes, scratch_3NV=scratch_3NV
     )
     beta_N, kl_N = solution.beta_N.where(budget_N, 0.0), solution.kl_N.where(budget_N, 0.0)
-    torch.addcmul(base_NV, beta_N[:, None], ratio_NV, out=log_mu_NV).sub_(solution.log_z_N[:, None])
+    torch.addcmul(base_NV, LOG2_E * beta_N[:, None], ratio_NV, out=log_mu_NV)
+    torch.add(-solution.log_z_N[:, None], log_mu_NV, alpha=LOG_2, out=log_mu_NV)
     torch.threshold_(log_mu_NV, -HUGE / 2, -math.inf)
     student_rows, teacher_rows = (beta_N == 0).nonzero().squeeze(-1), (beta_N == 1).nonzero().squeeze(-1)
     if len(student_rows) > 0:
         log_mu_NV[student_rows] = student_NV[student_rows]
-    if len(teacher_rows) > 0:
+    if len(teacher_rows) > 0 and solution.one_sided:
         # Where the student's support cuts the teacher's, mu is the teacher renormalized, and stays as computed.
         cut_NV = (student_NV[teacher_rows] < LOG_ZERO) & (teacher_NV[teacher_rows] >= LOG_ZERO)
         teacher_rows = teacher_rows[~cut_NV.any(-1)]
+    if len(teacher_rows) > 0:
         log_mu_NV[teacher_rows] = teacher_NV[teacher_rows]
     return beta_N, kl_N
 
@@ -147,24 +164,24 @@ def solve_beta(
 ) -> tuple[Tensor, Tensor, Solution]:
     """Bracketed Newton for the largest beta with KL <= epsilon > 0, on f(beta) = sqrt(2 KL), nearly linear.
 
-    Returns (base_NV, ratio_NV, solution): log mu = base + beta ratio - log_z on the rows with beta > 0, where
+    Returns (base_NV, ratio_NV, solution): log mu = LOG_2 base + beta ratio - log_z on the rows with beta > 0, where
     about -HUGE stands for probability 0. The first pass is at beta = 0: the ratio's moments there give the first
     guess. Every further pass is one Newton step; beta = 1 is looked at where a step leads there. Rows that have
-    converged leave the work; one host synchronization a pass. scratch_3NV: where base, ratio and a temporary go
-    (fresh memory costs page faults).
+    converged leave the work, at the latest when half have; a few host synchronizations a pass. scratch_3NV: where base,
+    ratio and a temporary go (fresh memory costs page faults).
     """
     zero_N, one_N = torch.zeros_like(epsilon_N), torch.ones_like(epsilon_N)
     slack = 4 * torch.finfo(epsilon_N.dtype).eps
     # KL is accepted between lower and upper, a window just below the budget, and aimed at its middle.
     upper_N = epsilon_N * (1 - tolerance / 8) - slack
     lower_N = epsilon_N * (1 - tolerance) - 3 * slack
-    aim_N = (upper_N + torch.maximum(lower_N, zero_N)).clamp_min(0).sqrt()  # f at the middle
+    aim_N = (upper_N + lower_N.clamp_min(0)).clamp_min_(0).sqrt_()  # f at the middle
 
     rows_in = len(logp_student_NV)
     if scratch_3NV is None:
         scratch_3NV = logp_student_NV.new_empty(3, *logp_student_NV.shape)
     base_NV, ratio_NV, scratch_NV = scratch_3NV[:, :rows_in]
-    lost_N = _prepare(logp_student_NV, logp_teacher_NV, base_NV, ratio_NV)
+    one_sided, lost_N = _prepare(logp_student_NV, logp_teacher_NV, base_NV, ratio_NV)
     log_z0_N, centre_N, variance0_N, third0_N = _moments(base_NV, ratio_NV, zero_N, scratch_NV, third=True)
     # Shifting the ratio changes no mu and no KL; centred, beta E[r] and log Z stay small and do not cancel.
     ratio_NV.sub_(centre_N.nan_to_num(0.0)[:, None])
@@ -173,47 +190,76 @@ def solve_beta(
     f0_N = (2 * kl0_N).sqrt()
     slope0_N = torch.where(f0_N > 0, math.inf, variance0_N.rsqrt())
 
+    # A point on the curve is [5, N]: beta, KL, log Z, f, dbeta/df. f = inf at beta = 1 until that has been looked at.
+    low_5N = torch.stack([zero_N, zero_N, log_z0_N, f0_N, slope0_N])
+    high_5N = torch.stack([one_N, zero_N, zero_N, one_N * math.inf, zero_N])
     # Until a step has led elsewhere, the student (0), which is feasible.
-    beta_N, kl_N, log_z_N, passes_N = zero_N.clone(), zero_N.clone(), log_z0_N.clone(), one_N.clone()
+    solution_3N, passes_N = low_5N[:3].clone(), one_N.clone()
     broken_N = (log_z0_N + variance0_N).isnan()
-    beta_N[broken_N] = kl_N[broken_N] = math.nan
-    rows = ((kl0_N <= epsilon_N) & ~broken_N).nonzero().squeeze(-1)
+    solution_3N[:2].masked_fill_(broken_N, math.nan)
     # Only beta = 1 can still be feasible where kl0 is in the last thousandth of the budget.
-    guess_N = torch.where(kl0_N > upper_N, one_N, _first_guess(aim_N, slope0_N, third0_N / variance0_N))[rows]
-    # A point on the curve is [5, N]: beta, f, dbeta/df, KL, log Z. f = inf at beta = 1 until that has been looked at.
-    low_5N = torch.stack([zero_N, f0_N, slope0_N, zero_N, log_z0_N])[:, rows]
-    high_5N = torch.stack([one_N, one_N * math.inf, zero_N, zero_N, zero_N])[:, rows]
-    work_base_NV, work_ratio_NV = base_NV, ratio_NV
-    if len(rows) < len(base_NV):
-        work_base_NV, work_ratio_NV = base_NV[rows], ratio_NV[rows]
-    for trial in range(max_passes - 1):
-        if len(rows) == 0:
-            break
-        width_N = high_5N[0] - low_5N[0]
-        log_z_M, mean_M, variance_M, _ = _moments(work_base_NV, work_ratio_NV, guess_N, scratch_NV)
-        passes_N[rows] += 1
-        kl_M = (guess_N * mean_M - log_z_M + log_total_N[rows]).clamp_min(0)
-        f_M = (2 * kl_M).sqrt()
-        point_5N = torch.stack([guess_N, f_M, f_M / (guess_N * variance_M), kl_M, log_z_M])
-        teacher_M = (guess_N == 1) & (kl_M <= epsilon_N[rows])
-        under_M = (kl_M <= upper_N[rows]) | teacher_M
-        low_5N, high_5N = torch.where(under_M, point_5N, low_5N), torch.where(under_M, high_5N, point_5N)
-        beta_N[rows], kl_N[rows], log_z_N[rows] = low_5N[0], low_5N[3], low_5N[4]
-        newton_M = guess_N + (aim_N[rows] - f_M) * point_5N[2]
-        guess_N = _inside(newton_M, low_5N, high_5N, _interpolate(low_5N, high_5N, aim_N[rows]))
-        if trial >= PATIENCE:  # on a curve like a step both creep along one end: halve the bracket
-            slow_M = high_5N[0] - low_5N[0] > width_N / 2
-            guess_N = torch.where(slow_M, (low_5N[0] + high_5N[0]) / 2, guess_N)
-        beyond_M = (newton_M >= 1) & high_5N[1].isinf()
-        guess_N = torch.where(beyond_M, 1.0, guess_N)
-        # Also done when no number is left between the ends: the curve is steeper than the dtype resolves.
-        room_M = (guess_N > low_5N[0]) & ((guess_N < high_5N[0]) | beyond_M) & (kl0_N[rows] <= upper_N[rows])
-        keep = (room_M & ~(under_M & (kl_M >= lower_N[rows]))).nonzero().squeeze(-1)
-        if len(keep) < len(rows):
-            rows, guess_N = rows[keep], guess_N[keep]
-            low_5N, high_5N = low_5N[:, keep], high_5N[:, keep]
-            work_base_NV, work_ratio_NV = work_base_NV[keep], work_ratio_NV[keep]
-    return base_NV, ratio_NV, Solution(beta_N, kl_N, log_z_N, passes_N)
+    movable_N = kl0_N <= upper_N
+    guess_N = torch.where(movable_N, _first_guess(aim_N, slope0_N, third0_N / variance0_N), one_N)
+    at_one = bool((guess_N == 1).any())
+
+    # The M rows at work, and of each its guess, both ends of its bracket, and what KL is compared with.
+    rows = ((kl0_N <= epsilon_N) & ~broken_N).nonzero().squeeze(-1)
+    bounds_N = torch.stack([aim_N, lower_N, upper_N, epsilon_N, log_total_N])
+    state_16M = torch.cat([guess_N[None], low_5N, high_5N, bounds_N])
+    base_MV, ratio_MV = base_NV, ratio_NV
+    if len(rows) < rows_in:
+        state_16M, base_MV, ratio_MV = (
+            x.index_select(d, rows) for x, d in ((state_16M, 1), (base_NV, 0), (ratio_NV, 0))
+        )
+    guess_M, low_5M, high_5M = state_16M[0], state_16M[1:6], state_16M[6:11]
+    aim_M, lower_M, upper_M, epsilon_M, log_total_M = state_16M[11:]
+    active_M, swept = torch.ones_like(rows, dtype=torch.bool), 1
+    while len(rows) > 0 and swept < max_passes:
+        log_z_M, mean_M, variance_M, _ = _moments(base_MV, ratio_MV, guess_M, scratch_NV)
+        swept += 1
+        kl_M = torch.addcmul(log_total_M - log_z_M, guess_M, mean_M).clamp_min_(0)
+        f_M = (kl_M + kl_M).sqrt_()
+        slope_M = f_M / (guess_M * variance_M)
+        point_5M = torch.stack([guess_M, kl_M, log_z_M, f_M, slope_M])
+        under_M = kl_M <= upper_M
+        if at_one:
+            under_M |= (guess_M == 1) & (kl_M <= epsilon_M)
+        under_M &= active_M
+        low_0M, high_0M = low_5M[0], high_5M[0]
+        low_5M, high_5M = torch.where(under_M, point_5M, low_5M), torch.where(under_M, high_5M, point_5M)
+        done_M = under_M & (kl_M >= lower_M)
+        next_M = torch.addcmul(guess_M, aim_M - f_M, slope_M)  # Newton's
+        if swept == 2 and at_one:
+            done_M |= ~movable_N[rows]
+        active_M = active_M & ~done_M
+        inside_M = (next_M > low_5M[0]) & (next_M < high_5M[0])
+        creeping = swept - 2 >= PATIENCE  # on a curve like a step both ends may: halve the bracket
+        if creeping or not bool((inside_M | ~active_M).all()):
+            beyond_M, at_one = (next_M >= 1) & high_5M[3].isinf(), True
+            if creeping or not bool((inside_M | beyond_M | ~active_M).all()):
+                next_M = _inside(next_M, low_5M, high_5M, _interpolate(low_5M, high_5M, aim_M))
+            if creeping:
+                slow_M = high_5M[0] - low_5M[0] > (high_0M - low_0M) / 2
+                next_M = torch.where(slow_M, (low_5M[0] + high_5M[0]) / 2, next_M)
+            next_M = torch.where(beyond_M, 1.0, next_M)
+            # Also done when no number is left between the ends: the curve is steeper than the dtype resolves.
+            active_M &= (next_M > low_5M[0]) & ((next_M < high_5M[0]) | beyond_M)
+        keep = active_M.nonzero().squeeze(-1)
+        if 2 * len(keep) > len(rows):  # to sweep over the others again takes less than to copy these
+            guess_M = torch.where(active_M, next_M, guess_M)
+            continue
+        solution_3N[:, rows], passes_N[rows] = low_5M[:3], float(swept)
+        rows = rows[keep]
+        if len(rows) > 0:
+            state_16M = torch.cat([next_M[None], low_5M, high_5M, state_16M[11:]]).index_select(1, keep)
+            guess_M, low_5M, high_5M = state_16M[0], state_16M[1:6], state_16M[6:11]
+            aim_M, lower_M, upper_M, epsilon_M, log_total_M = state_16M[11:]
+            active_M = torch.ones_like(rows, dtype=torch.bool)
+            base_MV, ratio_MV = base_MV.index_select(0, keep), ratio_MV.index_select(0, keep)
+    if len(rows) > 0:  # max_passes
+        solution_3N[:, rows], passes_N[rows] = low_5M[:3], float(swept)
+    beta_N, kl_N, log_z_N = solution_3N
+    return base_NV, ratio_NV, Solution(beta_N, kl_N, log_z_N, passes_N, one_sided)
 
 
 def _first_guess(aim_N: Tensor, slope0_N: Tensor, skew_N: Tensor) -> Tensor:
@@ -227,47 +273,54 @@ def _first_guess(aim_N: Tensor, slope0_N: Tensor, skew_N: Tensor) -> Tensor:
     return (2 * linear_N / (1 + root_N)).nan_to_num(1.0).clamp(torch.finfo(aim_N.dtype).tiny, 1)
 
 
-def _prepare(logp_student_NV: Tensor, logp_teacher_NV: Tensor, base_NV: Tensor, ratio_NV: Tensor) -> Tensor:
-    """Writes base_NV = log pi_S and ratio_NV = log pi_T - log pi_S; lost_N, the student's mass the teacher lacks.
+def _prepare(
+    logp_student_NV: Tensor, logp_teacher_NV: Tensor, base_NV: Tensor, ratio_NV: Tensor
+) -> tuple[bool, Tensor]:
+    """Writes base_NV = log2 pi_S and ratio_NV = log pi_T - log pi_S. Returns whether a token has probability 0 in one
+    model only, and lost_N, the student's mass the teacher lacks.
 
     Tokens that either model gives probability 0 get base -HUGE and ratio 0.
     """
     torch.threshold(logp_student_NV, LOG_ZERO, -HUGE, out=base_NV)
     torch.threshold(logp_teacher_NV, LOG_ZERO, -HUGE, out=ratio_NV).sub_(base_NV)
     lost_N = torch.zeros_like(base_NV[:, 0])
-    # Masked tokens are 0 in both, and their ratio is 0 by now. Only one-sided zeros are left.
-    if bool((ratio_NV.amin() < -HUGE / 2) | (ratio_NV.amax() > HUGE / 2)):
+    # Tokens with 0 in both have the ratio 0 by now.
+    one_sided = bool((ratio_NV.amin() < -HUGE / 2) | (ratio_NV.amax() > HUGE / 2))
+    if one_sided:
         dead_NV = ratio_NV.abs() > HUGE / 2
         lost_N = torch.where(dead_NV, base_NV, -math.inf).exp().sum(-1)
         base_NV.masked_fill_(dead_NV, -HUGE)
         ratio_NV.masked_fill_(dead_NV, 0)
-    return lost_N
+    base_NV.mul_(LOG2_E)
+    return one_sided, lost_N
 
 
 def _moments(
     base_NV: Tensor, ratio_NV: Tensor, beta_N: Tensor, scratch_NV: Tensor, third: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """log sum_a w, and mean, variance and (if asked for, else 0) third cumulant of the ratio under w, for
-    w = e^(base + beta ratio): one pass.
-
-    softmax is torch's fastest way to exponentiate; sum_a w follows from w and w / sum_a w at the likeliest token.
+    w = 2^base e^(beta ratio): one pass.
     """
-    log_w_NV = torch.addcmul(base_NV, beta_N[:, None], ratio_NV, out=scratch_NV[: len(beta_N)])
-    top_N = log_w_NV.amax(-1)
-    p_NV = torch.softmax(log_w_NV, -1, out=log_w_NV)
-    # softmax sums less accurately than sum, so p adds up to 1 only nearly.
-    total_N, p_top_N = p_NV.sum(-1), p_NV.amax(-1)
-    mean_N = p_NV.mul_(ratio_NV).sum(-1) / total_N
-    square_N = p_NV.mul_(ratio_NV).sum(-1) / total_N
+    bits_N1, w_NV = beta_N.mul(LOG2_E)[:, None], scratch_NV[: len(beta_N)]
+    total_N = torch.addcmul(base_NV, bits_N1, ratio_NV, out=w_NV).exp2_().sum(-1)
+    top_N = torch.zeros_like(beta_N)
+    least, most = torch.aminmax(total_N)
+    if not (float(least) > LEAST_SUM and float(most) < MOST_SUM):  # models far apart; or NaN
+        torch.addcmul(base_NV, bits_N1, ratio_NV, out=w_NV)
+        top_N = w_NV.amax(-1)
+        total_N = w_NV.sub_(top_N[:, None]).exp2_().sum(-1)
+    mean_N = w_NV.mul_(ratio_NV).sum(-1) / total_N
+    square_N = w_NV.mul_(ratio_NV).sum(-1) / total_N
     third_N = torch.zeros_like(mean_N)
     if third:
-        third_N = p_NV.mul_(ratio_NV).sum(-1) / total_N - 3 * mean_N * square_N + 2 * mean_N**3
-    return top_N + (total_N / p_top_N).log(), mean_N, (square_N - mean_N**2).clamp_min(0), third_N
+        third_N = w_NV.mul_(ratio_NV).sum(-1) / total_N - 3 * mean_N * square_N + 2 * mean_N**3
+    variance_N = torch.addcmul(square_N, mean_N, mean_N, value=-1).clamp_min_(0)
+    return torch.add(total_N.log(), top_N, alpha=LOG_2), mean_N, variance_N, third_N
 
 
 def _interpolate(low_5N: Tensor, high_5N: Tensor, aim_N: Tensor) -> Tensor:
     """beta at f = aim by the monotone rational quadratic with the value and slope of both ends; NaN without both."""
-    (beta0_N, f0_N, slope0_N), (beta1_N, f1_N, slope1_N) = low_5N[:3], high_5N[:3]
+    (beta0_N, _, _, f0_N, slope0_N), (beta1_N, _, _, f1_N, slope1_N) = low_5N, high_5N
     rise_N, run_N = beta1_N - beta0_N, f1_N - f0_N
     t_N = (aim_N - f0_N) / run_N
     a_N, b_N = slope0_N * run_N / rise_N, slope1_N * run_N / rise_N
@@ -283,7 +336,11 @@ def _inside(guess_N: Tensor, low_5N: Tensor, high_5N: Tensor, second_N: Tensor |
 
 def _epsilon_rows(epsilon: float | Tensor, batch: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """epsilon as one number a row, checked."""
-    budget = torch.as_tensor(epsilon, dtype=dtype, device=device)
+    if not isinstance(epsilon, Tensor):
+        if not 0 <= epsilon < math.inf:
+            raise ValueError(f"epsilon must be finite and at least 0 nats, but is {epsilon}.")
+        return torch.full((batch.numel(),), epsilon, dtype=dtype, device=device)
+    budget = epsilon.to(device, dtype)
     if budget.dim() > 0 and budget.shape != batch:
         raise ValueError(f"epsilon has shape {tuple(budget.shape)}, but must be a scalar or {tuple(batch)}.")
     good = (budget >= 0) & (budget < math.inf)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from verl_trb.chunked_loss import TokenLoss, add_logp_gradient, loss_of_layer, scale_rows, shared_logp
 from verl_trb.divergences import Prefixes, reverse_kl, top_reverse_kl
-from verl_trb.exact_rows import Scratch
+from verl_trb.scratch import Scratch
 from verl_trb.vocabulary import SharedVocabulary
 
 # Fields of the batch: float32 [response tokens, C], or the teacher's last hidden states [response tokens, E].

@@ -41,15 +41,15 @@ class StepCosts:
         return np.stack([one, drafts * one, rows * one, rows * drafts * one], axis=-1)
 
     def add(self, rows: int, drafts: int, seconds: float) -> None:
-        if self.steps > 4 * FIRST and seconds > OUTLIER * self.seconds(rows, drafts):
+        fitted = float(self._fit(rows, drafts)) if self.steps > 2 * FIRST else 0.0
+        if self.steps > 4 * FIRST and seconds > OUTLIER * fitted * self.beside[drafts]:
             return
         x = self.features(rows, drafts)
         self.moments = COST_MEMORY * self.moments + np.outer(x, x)
         self.target = COST_MEMORY * self.target + x * seconds
         self.steps += 1
-        if self.steps > 2 * FIRST:
-            measured = seconds / float(self._fit(rows, drafts))
-            self.beside[drafts] += BESIDE_RATE * (measured - self.beside[drafts])
+        if fitted:
+            self.beside[drafts] += BESIDE_RATE * (seconds / fitted - self.beside[drafts])
 
     def seconds(self, rows: int, drafts: int | np.ndarray) -> np.ndarray:
         return self._fit(rows, drafts) * self.beside[drafts]

@@ -25,6 +25,7 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.spec_decode.utils import compute_new_slot_mapping
 
+from verl_trb.bits import exp
 from verl_trb.coupling import draw
 from verl_trb.rollout.draft_length import DraftLength
 
@@ -134,10 +135,8 @@ class StudentDrafter(DraftModelProposer):
         if not sampling_metadata.all_random or logits.device.type != "cpu":
             tokens, probs = super()._sample_from_logits(logits, sampling_metadata)
             return tokens, None if probs is None else probs.log()
-        logp_BV = logits.float().div_(sampling_metadata.temperature.view(-1, 1))
-        probs_BV = logp_BV.sub_(logp_BV.amax(-1, keepdim=True)).softmax(-1)
-        # log Z by the likeliest token: a logarithm of every probability would take a CPU longer than the softmax.
-        return draw(probs_BV), logp_BV.add_(probs_BV.amax(-1, keepdim=True).log())
+        logp_BV = (logits / sampling_metadata.temperature.view(-1, 1)).log_softmax(-1)  # float32, as temperatures are
+        return draw(exp(logp_BV)), logp_BV
 
     @staticmethod
     def _choose(length: DraftLength, rows: int) -> int:

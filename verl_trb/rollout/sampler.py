@@ -160,7 +160,10 @@ class BlendedSampling:
             logp_student_NV = logp_student_RGV[drafted_RG]
         temperature_N = None
         if sampling_metadata.temperature is not None:
-            temperature_N = sampling_metadata.temperature[index_R].repeat_interleave(num_drafts_R)
+            temperature_R = sampling_metadata.temperature
+            if len(index_R) < len(temperature_R):
+                temperature_R = temperature_R[index_R]
+            temperature_N = temperature_R.repeat_interleave(width if full else num_drafts_R)
         teacher_NV = None if self.gate.skipped else logits_NV
         self.statistics.add(student_nan=logp_student_NV.sum(-1).isnan())  # a sum is NaN where a term is
         if teacher_NV is not None:

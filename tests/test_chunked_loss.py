@@ -9,6 +9,7 @@ import oracles
 import pytest
 import torch
 
+from verl_trb import chunked_loss
 from verl_trb.chunked_loss import loss_from_layers, loss_from_logits
 from verl_trb.divergences import reverse_kl, topk_reverse_kl
 from verl_trb.vocabulary import canonicalize, share_vocabulary
@@ -305,6 +306,7 @@ def test_no_large_float32_tensor():
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(64, 4, generator=g).bfloat16(), torch.randn(1000, 4, generator=g).bfloat16()
     hidden.requires_grad_(), weight.requires_grad_(), student.requires_grad_()
+    chunked_loss._SCRATCH.buffers.clear()  # of larger chunks before
     with Largest() as largest:
         loss_from_logits(student, teacher, chunk_tokens=4).loss_N.mean().backward()
         loss_from_layers(hidden, weight, hidden.detach(), -weight.detach(), chunk_tokens=4).loss_N.mean().backward()

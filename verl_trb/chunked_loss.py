@@ -16,7 +16,7 @@ from torch import Tensor
 
 from verl_trb.divergences import Integrand, Prefixes, reverse_kl
 from verl_trb.exact_rows import exact_gradient, exact_rows
-from verl_trb.scratch import Scratch
+from verl_trb.scratch import ThreadScratch
 from verl_trb.vocabulary import Role, SharedVocabulary, canonicalize
 
 # (student logits of a chunk, its rows, upstream_JC or None)
@@ -24,8 +24,9 @@ from verl_trb.vocabulary import Role, SharedVocabulary, canonicalize
 # J may be less than the number of differentiable values: the others' upstream is 0 then.
 RowLoss = Callable[[Tensor, slice, Tensor | None], tuple[Tensor, Tensor | None]]
 
-# Logits of a chunk on a CPU, at most. More save no time; five buffers of this size are 335 MB in float32.
+# Logits of a chunk on a CPU, at most. More save no time; the buffers of a chunk are 335 MB in float32, and are kept.
 CPU_CHUNK = 2**24
+_SCRATCH = ThreadScratch()
 # Numbers [N, V] up to which the loss's gradient is made beside the loss and kept, in the hidden states' dtype, for
 # backward, which otherwise computes both models' logits again.
 KEPT_GRADIENT = 2**26
@@ -69,7 +70,7 @@ def loss_from_logits(
     teacher = _rows_of(logits_teacher, logits_student_NV.shape[0])
     if logits_student_NV.dim() != 2:
         raise ValueError(f"logits must be [tokens, vocabulary], but are {list(logits_student_NV.shape)}.")
-    row_loss = _rows(teacher, divergence, vocabulary, token_N, corrected_N, Scratch(), with_token_logp=False)
+    row_loss = _rows(teacher, divergence, vocabulary, token_N, corrected_N, with_token_logp=False)
     with_grad = logits_student_NV.requires_grad and torch.is_grad_enabled()
     loss_N, rest_KN = _Logits.apply(logits_student_NV, row_loss, 4, chunk_tokens, with_grad)
     return TokenLoss(loss_N, *rest_KN)
@@ -104,15 +105,14 @@ def loss_from_layers(
         raise ValueError(
             f"student and teacher have {hidden_student_ND.shape[0]} and {hidden_teacher_NE.shape[0]} tokens."
         )
-    scratch = Scratch()
-    layer_teacher = (weight_teacher_VE, bias_teacher_V, temperature)
+    layer_teacher = (weight_teacher_VE, bias_teacher_V, temperature, vocabulary)
 
     def teacher(rows: slice) -> Tensor:
-        return _logits(hidden_teacher_NE[rows].detach(), *layer_teacher, scratch, "teacher")
+        return _logits(hidden_teacher_NE[rows].detach(), *layer_teacher, "teacher")
 
-    row_loss = _rows(teacher, divergence, vocabulary, token_N, corrected_N, scratch, token_N is not None)
+    row_loss = _rows(teacher, divergence, None, token_N, corrected_N, token_N is not None)
     layer = (hidden_student_ND, weight_student_VD, bias_student_V)
-    return loss_of_layer(*layer, row_loss, vocabulary, chunk_tokens, temperature, scratch, token_N is not None)
+    return loss_of_layer(*layer, row_loss, vocabulary, chunk_tokens, temperature, token_N is not None)
 
 
 def loss_of_layer(
@@ -123,20 +123,20 @@ def loss_of_layer(
     vocabulary: SharedVocabulary | None,
     chunk_tokens: int,
     temperature: float,
-    scratch: Scratch,
     with_token_logp: bool = True,
 ) -> TokenLoss:
     """Runs `row_loss` over the student's output layer. Its values are the loss, with_token_logp also log q, both
-    differentiable; then reverse KL, the entropies of student and teacher, and with_token_logp log p.
+    differentiable; then reverse KL, the entropies of student and teacher, and with_token_logp log p. It is
+    given float32 logits of the shared vocabulary.
     """
     if vocabulary is not None:  # padding rows need no logits
         weight_student_VD = weight_student_VD[: vocabulary.size]
         bias_student_V = None if bias_student_V is None else bias_student_V[: vocabulary.size]
     layer = (hidden_student_ND, weight_student_VD, bias_student_V)
     if not with_token_logp:
-        return TokenLoss(*_Linear.apply(*layer, row_loss, 4, 1, chunk_tokens, temperature, scratch))
+        return TokenLoss(*_Linear.apply(*layer, row_loss, 4, 1, chunk_tokens, temperature, vocabulary))
     loss_N, logp_student_N, kl_N, entropy_N, entropy_teacher_N, logp_teacher_N = _Linear.apply(
-        *layer, row_loss, 6, 2, chunk_tokens, temperature, scratch
+        *layer, row_loss, 6, 2, chunk_tokens, temperature, vocabulary
     )
     return TokenLoss(loss_N, kl_N, entropy_N, entropy_teacher_N, logp_student_N, logp_teacher_N)
 
@@ -147,7 +147,6 @@ def _rows(
     vocabulary: SharedVocabulary | None,
     token_N: Tensor | None,
     corrected_N: Tensor | None,
-    scratch: Scratch,
     with_token_logp: bool,
 ) -> RowLoss:
     """The row loss of both public functions: loss, reverse KL, entropies of student and teacher; with_token_logp:
@@ -158,7 +157,7 @@ def _rows(
         student_CV = _shared_logits(logits_CV, vocabulary, "student")
         teacher_CV = _shared_logits(teacher(rows), vocabulary, "teacher")
         _check_shapes(student_CV, teacher_CV)
-        exact = exact_rows(student_CV, teacher_CV, scratch)
+        exact = exact_rows(student_CV, teacher_CV, _SCRATCH)
         token_C1 = token_N[rows, None] if with_token_logp and token_N is not None else None
         logps = []
         if token_C1 is not None:
@@ -172,8 +171,8 @@ def _rows(
         return values_KC, exact_gradient(exact, upstream_JC[0], upstream_logp_C, token_C1)
 
     def row_loss(logits_CV: Tensor, rows: slice, upstream_JC: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        logp_student_CV = shared_logp(logits_CV, vocabulary, "student")
-        logp_teacher_CV = shared_logp(teacher(rows), vocabulary, "teacher")
+        logp_student_CV = _shared_logp(logits_CV, vocabulary, "student")
+        logp_teacher_CV = _shared_logp(teacher(rows), vocabulary, "teacher")
         _check_shapes(logp_student_CV, logp_teacher_CV)
         prefixes = Prefixes(
             logp_student_CV,
@@ -220,22 +219,34 @@ def _shared_logits(logits_CV: Tensor, vocabulary: SharedVocabulary | None, role:
     return logits_CV if vocabulary is None else canonicalize(logits_CV, vocabulary, role)
 
 
-def shared_logp(logits_CV: Tensor, vocabulary: SharedVocabulary | None, role: Role) -> Tensor:
+def _shared_logp(logits_CV: Tensor, vocabulary: SharedVocabulary | None, role: Role) -> Tensor:
     """float32 log-probabilities over the shared vocabulary (float64 for float64), always a new tensor."""
     return _shared_logits(logits_CV, vocabulary, role).log_softmax(-1)
 
 
 def _logits(
-    hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, temperature: float, scratch: Scratch, name: str
+    hidden_CD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    temperature: float,
+    vocabulary: SharedVocabulary | None,
+    role: Role,
 ) -> Tensor:
-    """An output layer's logits divided by the temperature, in float32 at least; in the scratch of that name."""
-    out_CV = scratch.empty(name, torch.Size((hidden_CD.shape[0], weight_VD.shape[0])), hidden_CD)
+    """An output layer's logits divided by the temperature, over the shared vocabulary, in float32 at least; on a CPU
+    until the next call for that role.
+    """
+    shape = torch.Size((hidden_CD.shape[0], weight_VD.shape[0]))
     with torch.autocast(hidden_CD.device.type, enabled=False), torch.no_grad():
+        out_CV = _SCRATCH.empty(role, shape, hidden_CD)
         logits_CV = torch.mm(hidden_CD, weight_VD.to(hidden_CD.dtype).T, out=out_CV)
-    if bias_V is not None:
-        logits_CV.add_(bias_V.to(hidden_CD.dtype))
-    logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
-    return logits_CV if temperature == 1 else logits_CV.div_(temperature)
+        if bias_V is not None:
+            logits_CV.add_(bias_V.to(hidden_CD.dtype))
+        if logits_CV.dtype not in (torch.float32, torch.float64):
+            like = logits_CV.new_empty(0, dtype=torch.float32)
+            logits_CV = _SCRATCH.empty(f"{role}, float32", shape, like).copy_(logits_CV)
+        if temperature != 1:
+            logits_CV.div_(temperature)
+        return logits_CV if vocabulary is None else canonicalize(logits_CV, vocabulary, role, inplace=True)
 
 
 def _rows_of(logits: Tensor | Callable[[slice], Tensor], tokens: int) -> Callable[[slice], Tensor]:
@@ -302,7 +313,7 @@ class _Linear(torch.autograd.Function):
         differentiable: int,
         chunk_tokens: int,
         temperature: float,
-        scratch: Scratch,
+        vocabulary: SharedVocabulary | None,
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V)
         ctx.set_materialize_grads(False)
@@ -310,13 +321,13 @@ class _Linear(torch.autograd.Function):
         if hidden_ND.device.type == "cpu":
             chunk_tokens = min(chunk_tokens, max(1, CPU_CHUNK // size))
         ctx.row_loss, ctx.chunk_tokens, ctx.temperature = row_loss, chunk_tokens, temperature
-        ctx.differentiable, ctx.scratch = differentiable, scratch
+        ctx.differentiable, ctx.vocabulary = differentiable, vocabulary
         keep = any(ctx.needs_input_grad) and tokens * size <= KEPT_GRADIENT
         ctx.kept_NV = hidden_ND.new_empty(tokens, size) if keep else None
         dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
         value_KN = torch.empty(values, tokens, dtype=dtype, device=hidden_ND.device)
         for rows in _chunks(tokens, chunk_tokens):
-            logits_CV = _logits(hidden_ND[rows], weight_VD, bias_V, temperature, scratch, "student")
+            logits_CV = _logits(hidden_ND[rows], weight_VD, bias_V, temperature, vocabulary, "student")
             one_1C = value_KN.new_ones(1, rows.stop - rows.start) if keep else None
             value_KN[:, rows], grad_CV = row_loss(logits_CV, rows, one_1C)
             if keep:
@@ -342,9 +353,12 @@ class _Linear(torch.autograd.Function):
         )
         for rows in _chunks(len(hidden_ND), ctx.chunk_tokens):
             if use_kept:
-                grad_CV = scale_rows(ctx.kept_NV[rows].clone(), upstream_JN[0, rows])
+                kept_CV = ctx.kept_NV[rows]  # stays as it is, for another backward
+                grad_CV = scale_rows(
+                    _SCRATCH.empty("grad", kept_CV.shape, kept_CV).copy_(kept_CV), upstream_JN[0, rows]
+                )
             else:
-                logits_CV = _logits(hidden_ND[rows], weight_VD, bias_V, ctx.temperature, ctx.scratch, "student")
+                logits_CV = _logits(hidden_ND[rows], weight_VD, bias_V, ctx.temperature, ctx.vocabulary, "student")
                 grad_CV = ctx.row_loss(logits_CV, rows, upstream_JN[:, rows])[1].to(hidden_ND.dtype)
             if grad_V is not None:
                 grad_V += grad_CV.sum(0, dtype=sums)

@@ -32,6 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from verl_trb.bits import exp
 from verl_trb.parameters import Parameter, find, parameters_of
 
 FULL, TOPK, SAMPLED = "full", "topk", "sampled"
@@ -55,7 +56,7 @@ class Prefixes:
 
     @cached_property
     def student_CV(self) -> Tensor:
-        return self.logp_student_CV.exp()
+        return exp(self.logp_student_CV)
 
     @cached_property
     def student_entropy_C(self) -> Tensor:
@@ -64,7 +65,7 @@ class Prefixes:
 
     @cached_property
     def teacher_entropy_C(self) -> Tensor:
-        return torch.special.entr(self.logp_teacher_CV.exp()).sum(-1)
+        return torch.special.entr(exp(self.logp_teacher_CV)).sum(-1)
 
 
 class Integrand(NamedTuple):
@@ -213,7 +214,7 @@ def reverse_kl(prefixes: Prefixes) -> Integrand:
 @register_divergence("forward_kl", modes=(FULL,), topk=topk_forward_kl)
 def forward_kl(prefixes: Prefixes) -> Integrand:
     """KL(p || q)."""
-    p_CV = prefixes.logp_teacher_CV.exp()
+    p_CV = exp(prefixes.logp_teacher_CV)
     return Integrand(p_CV * _gap(prefixes.logp_teacher_CV, prefixes.logp_student_CV), -p_CV)
 
 
@@ -228,7 +229,7 @@ def jsd(prefixes: Prefixes, *, beta: float = 0.5) -> Integrand:
     logp_CV, logq_CV = prefixes.logp_teacher_CV, prefixes.logp_student_CV
     log_m_CV = torch.logaddexp(logp_CV + math.log(beta), logq_CV + math.log(1 - beta))
     flux_CV = (prefixes.student_CV * _gap(logq_CV, log_m_CV)).mul_(1 - beta)
-    return Integrand((logp_CV.exp() * _gap(logp_CV, log_m_CV)).mul_(beta).add_(flux_CV), flux_CV)
+    return Integrand((exp(logp_CV) * _gap(logp_CV, log_m_CV)).mul_(beta).add_(flux_CV), flux_CV)
 
 
 @register_divergence("skew_forward", alpha=Parameter(0, 1, above=True, below=True))
@@ -237,8 +238,8 @@ def skew_forward(prefixes: Prefixes, *, alpha: float = 0.1) -> Integrand:
     logp_CV, logq_CV = prefixes.logp_teacher_CV, prefixes.logp_student_CV
     log_m_CV = torch.logaddexp(logp_CV + math.log(alpha), logq_CV + math.log(1 - alpha))
     gap_CV = _gap(logp_CV, log_m_CV)
-    flux_CV = (prefixes.student_CV * gap_CV.exp()).mul_(alpha - 1)  # gap is at most -log(alpha)
-    return Integrand(logp_CV.exp() * gap_CV, flux_CV.masked_fill_(logp_CV == -math.inf, 0))
+    flux_CV = (prefixes.student_CV * exp(gap_CV)).mul_(alpha - 1)  # gap is at most -log(alpha)
+    return Integrand(exp(logp_CV) * gap_CV, flux_CV.masked_fill_(logp_CV == -math.inf, 0))
 
 
 @register_divergence("skew_reverse", alpha=Parameter(0, 1, above=True, below=True))
@@ -247,7 +248,7 @@ def skew_reverse(prefixes: Prefixes, *, alpha: float = 0.1) -> Integrand:
     logp_CV, logq_CV = prefixes.logp_teacher_CV, prefixes.logp_student_CV
     log_m_CV = torch.logaddexp(logp_CV + math.log(1 - alpha), logq_CV + math.log(alpha))
     gap_CV = _gap(logq_CV, log_m_CV)
-    return Integrand(prefixes.student_CV * gap_CV, prefixes.student_CV * (gap_CV - alpha * gap_CV.exp()))
+    return Integrand(prefixes.student_CV * gap_CV, prefixes.student_CV * (gap_CV - alpha * exp(gap_CV)))
 
 
 def _topk_veto(prefixes: Prefixes, k: int, *, beta: float = 0.5) -> Integrand:

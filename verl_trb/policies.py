@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from verl_trb.bits import exp
 from verl_trb.parameters import Parameter, find, parameters_of
 from verl_trb.trust_region import Blend, blend
 from verl_trb.vocabulary import SharedVocabulary, canonicalize
@@ -104,7 +105,7 @@ def from_log_mu(log_mu_NV: Tensor, logp_student_NV: Tensor, beta: float = math.n
     beta: the teacher's weight, NaN for policies that have none.
     """
     log_mu_NV, logp_NV = _at_least_float32(log_mu_NV, logp_student_NV)
-    mu_NV = log_mu_NV.exp()
+    mu_NV = exp(log_mu_NV)
     gap_NV = (log_mu_NV - logp_NV).masked_fill_(mu_NV == 0, 0)
     kl_N = (mu_NV * gap_NV).sum(-1).clamp_min(0)
     return Blend(log_mu_NV, torch.full_like(kl_N, beta), kl_N)
@@ -177,8 +178,8 @@ def teacher_logprobs(logits_NV: Tensor, vocabulary: SharedVocabulary, temperatur
     """log pi_T over the shared vocabulary, float32, of the logits as the teacher's output layer gives them."""
     logits_NV = logits_NV[:, : vocabulary.size]
     # Dividing by float32 makes float32 of any logits, without a copy before.
-    logits_NV = logits_NV.float() if temperature_N is None else logits_NV / temperature_N.float()[:, None]
-    shared_NV = canonicalize(logits_NV, vocabulary, role="teacher")
+    own_NV = logits_NV.float() if temperature_N is None else logits_NV / temperature_N.float()[:, None]
+    shared_NV = canonicalize(own_NV, vocabulary, role="teacher", inplace=own_NV is not logits_NV)
     return torch.log_softmax(shared_NV, -1, out=shared_NV)
 
 

@@ -208,11 +208,8 @@ def solve_beta(
     state_16M = torch.cat([guess_N[None], low_5N, high_5N, bounds_N])
     base_MV, ratio_MV = base_NV, ratio_NV
     if len(rows) < rows_in:
-        state_16M, base_MV, ratio_MV = (
-            x.index_select(d, rows) for x, d in ((state_16M, 1), (base_NV, 0), (ratio_NV, 0))
-        )
-    guess_M, low_5M, high_5M = state_16M[0], state_16M[1:6], state_16M[6:11]
-    aim_M, lower_M, upper_M, epsilon_M, log_total_M = state_16M[11:]
+        state_16M, base_MV, ratio_MV = state_16M[:, rows], base_NV[rows], ratio_NV[rows]
+    guess_M, low_5M, high_5M, aim_M, lower_M, upper_M, epsilon_M, log_total_M = _of_state(state_16M)
     active_M, swept = torch.ones_like(rows, dtype=torch.bool), 1
     while len(rows) > 0 and swept < max_passes:
         log_z_M, mean_M, variance_M, _ = _moments(base_MV, ratio_MV, guess_M, scratch_NV)
@@ -252,14 +249,18 @@ def solve_beta(
         rows = rows[keep]
         if len(rows) > 0:
             state_16M = torch.cat([next_M[None], low_5M, high_5M, state_16M[11:]]).index_select(1, keep)
-            guess_M, low_5M, high_5M = state_16M[0], state_16M[1:6], state_16M[6:11]
-            aim_M, lower_M, upper_M, epsilon_M, log_total_M = state_16M[11:]
-            active_M = torch.ones_like(rows, dtype=torch.bool)
+            guess_M, low_5M, high_5M, aim_M, lower_M, upper_M, epsilon_M, log_total_M = _of_state(state_16M)
             base_MV, ratio_MV = base_MV.index_select(0, keep), ratio_MV.index_select(0, keep)
+            active_M = torch.ones_like(rows, dtype=torch.bool)
     if len(rows) > 0:  # max_passes
         solution_3N[:, rows], passes_N[rows] = low_5M[:3], float(swept)
     beta_N, kl_N, log_z_N = solution_3N
     return base_NV, ratio_NV, Solution(beta_N, kl_N, log_z_N, passes_N, one_sided)
+
+
+def _of_state(state_16M: Tensor) -> tuple[Tensor, ...]:
+    """Guess, low and high end [5, M], and the five numbers KL is compared with."""
+    return state_16M[0], state_16M[1:6], state_16M[6:11], *state_16M[11:].unbind()
 
 
 def _first_guess(aim_N: Tensor, slope0_N: Tensor, skew_N: Tensor) -> Tensor:

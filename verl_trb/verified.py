@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from verl_trb.chunked_loss import TokenLoss, add_logp_gradient, loss_of_layer, scale_rows, shared_logp
+from verl_trb.bits import exp
+from verl_trb.chunked_loss import TokenLoss, add_logp_gradient, loss_of_layer, scale_rows
 from verl_trb.divergences import Prefixes, reverse_kl, top_reverse_kl
-from verl_trb.scratch import Scratch
 from verl_trb.vocabulary import SharedVocabulary
 
 # Fields of the batch: float32 [response tokens, C], or the teacher's last hidden states [response tokens, E].
@@ -100,9 +100,9 @@ def loss_from_verified(
 
     def row_loss(logits_CV: Tensor, rows: slice, upstream_JC: Tensor | None) -> tuple[Tensor, Tensor | None]:
         here = Verified(*(column[rows] for column in known))
-        logp_CV, token_C1 = shared_logp(logits_CV, vocabulary, "student"), token_N[rows, None]
+        logp_CV, token_C1 = logits_CV.log_softmax(-1), token_N[rows, None]
         integrand = top_reverse_kl(logp_CV, here.index_NK, here.logp_teacher_NK)
-        student_CV = logp_CV.exp()
+        student_CV = exp(logp_CV)
         logp_C = logp_CV.gather(-1, token_C1).squeeze(-1)
         entropy_C = torch.special.entr(student_CV).sum(-1)
         monitored = (here.reverse_kl_N, entropy_C, here.teacher_entropy_N, here.logp_teacher_N)
@@ -115,4 +115,4 @@ def loss_from_verified(
         return values_KC, grad_CV
 
     layer = hidden_student_ND, weight_student_VD, bias_student_V
-    return loss_of_layer(*layer, row_loss, vocabulary, chunk_tokens, temperature, Scratch())
+    return loss_of_layer(*layer, row_loss, vocabulary, chunk_tokens, temperature)

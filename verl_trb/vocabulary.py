@@ -144,13 +144,13 @@ def choose_marker(student_eos: int, teacher_eos: int, masked: Iterable[int] = ()
     )
 
 
-def canonicalize(logits: Tensor, vocabulary: SharedVocabulary, role: Role) -> Tensor:
+def canonicalize(logits: Tensor, vocabulary: SharedVocabulary, role: Role, *, inplace: bool = False) -> Tensor:
     """A model's logits (or log-probabilities) over the shared vocabulary: [..., rows] -> [..., V].
 
     Padding rows are cut and `vocabulary.masked` is -inf for both roles; the teacher's EOS is first added to
     the student's (logaddexp, in float32 at least). The result is not normalized: softmax it. Divide by the
-    temperature before, so that it is the probabilities of the two EOS that add up. Differentiable; a new
-    tensor.
+    temperature before, so that it is the probabilities of the two EOS that add up. Differentiable, and a new
+    tensor; with `inplace` neither: the logits are overwritten.
 
     Raises ValueError if there are fewer logits than shared ids, or for an unknown role.
     """
@@ -159,12 +159,14 @@ def canonicalize(logits: Tensor, vocabulary: SharedVocabulary, role: Role) -> Te
     if role not in ("student", "teacher"):
         raise ValueError(f"role must be 'student' or 'teacher', but is {role!r}.")
     logits = logits[..., : vocabulary.size]
-    shared = logits.index_fill(-1, _masked_ids(vocabulary, logits.device), -math.inf)
-    if role == "teacher" and vocabulary.teacher_eos != vocabulary.student_eos:
-        accurate = torch.promote_types(logits.dtype, torch.float32)
-        own = logits[..., vocabulary.student_eos].to(accurate)
-        other = logits[..., vocabulary.teacher_eos].to(accurate)
-        shared[..., vocabulary.student_eos] = torch.logaddexp(own, other).to(logits.dtype)
+    own, merged = vocabulary.student_eos, None
+    if role == "teacher" and vocabulary.teacher_eos != own:
+        accurate = logits[..., [own, vocabulary.teacher_eos]].to(torch.promote_types(logits.dtype, torch.float32))
+        merged = torch.logaddexp(accurate[..., 0], accurate[..., 1]).to(logits.dtype)
+    masked = _masked_ids(vocabulary, logits.device)
+    shared = logits.index_fill_(-1, masked, -math.inf) if inplace else logits.index_fill(-1, masked, -math.inf)
+    if merged is not None:
+        shared[..., own] = merged
     return shared
 
 

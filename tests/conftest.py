@@ -99,11 +99,15 @@ def refusal(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     return run
 
 
-@pytest.fixture(params=["kept", "computed again"])
+@pytest.fixture(params=["kept", "computed again", "by blocks", "by blocks again"])
 def gradient(request, monkeypatch):
-    """What backward through the output layers does: the gradient kept in forward, or both models' logits once more."""
+    """What backward through the output layers does: the gradient kept in forward, or both models' logits once more.
+    Each of them also with chunks that are looked at in blocks of a few tokens.
+    """
     from verl_trb import chunked_loss
 
-    if request.param == "computed again":
+    if "again" in request.param:
         monkeypatch.setattr(chunked_loss, "KEPT_GRADIENT", 0)
+    if "blocks" in request.param:
+        monkeypatch.setattr(chunked_loss, "CPU_BLOCK", 40)
     return request.param

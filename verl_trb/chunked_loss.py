@@ -3,7 +3,8 @@
 Gradients are the divergence's own (divergences.py) and flow to the student only. Two entrances: student logits that
 exist already, and both models' output layers, whose logits exist for one chunk at a time.
 
-Shapes: N tokens (prefixes), C tokens of a chunk, V vocabulary, D and E hidden sizes of student and teacher.
+Shapes: N tokens (prefixes), C tokens of a chunk, B of a block of it, V vocabulary, D and E hidden sizes of student and
+teacher.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from verl_trb.exact_rows import exact_gradient, exact_rows
 from verl_trb.scratch import ThreadScratch
 from verl_trb.vocabulary import Role, SharedVocabulary, canonicalize
 
-# (student logits of a chunk, its rows, upstream_JC or None)
+# (student logits of some tokens, the teacher's if the loss reads them, which tokens, upstream_JC or None)
 #   -> (values_KC, and sum_j upstream_j d values_j / d logits over the shared vocabulary or None).
 # J may be less than the number of differentiable values: the others' upstream is 0 then.
-RowLoss = Callable[[Tensor, slice, Tensor | None], tuple[Tensor, Tensor | None]]
+RowLoss = Callable[[Tensor, Tensor | None, slice, Tensor | None], tuple[Tensor, Tensor | None]]
 
-# Logits of a chunk on a CPU, at most. More save no time; the buffers of a chunk are 335 MB in float32, and are kept.
-CPU_CHUNK = 2**24
+# Logits of a chunk on a CPU, at most, in the models' dtype: more save no time. They are looked at in float32 by blocks,
+# which stay in the cache. These buffers are kept.
+CPU_CHUNK, CPU_BLOCK = 2**24, 2**20
 _SCRATCH = ThreadScratch()
 # Numbers [N, V] up to which the loss's gradient is made beside the loss and kept, in the hidden states' dtype, for
 # backward, which otherwise computes both models' logits again.
@@ -70,9 +72,9 @@ def loss_from_logits(
     teacher = _rows_of(logits_teacher, logits_student_NV.shape[0])
     if logits_student_NV.dim() != 2:
         raise ValueError(f"logits must be [tokens, vocabulary], but are {list(logits_student_NV.shape)}.")
-    row_loss = _rows(teacher, divergence, vocabulary, token_N, corrected_N, with_token_logp=False)
+    row_loss = _rows(divergence, vocabulary, token_N, corrected_N, with_token_logp=False)
     with_grad = logits_student_NV.requires_grad and torch.is_grad_enabled()
-    loss_N, rest_KN = _Logits.apply(logits_student_NV, row_loss, 4, chunk_tokens, with_grad)
+    loss_N, rest_KN = _Logits.apply(logits_student_NV, teacher, row_loss, 4, chunk_tokens, with_grad)
     return TokenLoss(loss_N, *rest_KN)
 
 
@@ -105,44 +107,53 @@ def loss_from_layers(
         raise ValueError(
             f"student and teacher have {hidden_student_ND.shape[0]} and {hidden_teacher_NE.shape[0]} tokens."
         )
-    layer_teacher = (weight_teacher_VE, bias_teacher_V, temperature, vocabulary)
+    if vocabulary is not None:
+        weight_teacher_VE = weight_teacher_VE[: vocabulary.size]
+        bias_teacher_V = None if bias_teacher_V is None else bias_teacher_V[: vocabulary.size]
 
     def teacher(rows: slice) -> Tensor:
-        return _logits(hidden_teacher_NE[rows].detach(), *layer_teacher, "teacher")
+        return _logits(hidden_teacher_NE[rows].detach(), weight_teacher_VE, bias_teacher_V, "teacher")
 
-    row_loss = _rows(teacher, divergence, None, token_N, corrected_N, token_N is not None)
+    row_loss = _rows(divergence, None, token_N, corrected_N, token_N is not None)
     layer = (hidden_student_ND, weight_student_VD, bias_student_V)
-    return loss_of_layer(*layer, row_loss, vocabulary, chunk_tokens, temperature, token_N is not None)
+    return loss_of_layer(*layer, Way(row_loss, teacher, temperature, vocabulary), chunk_tokens, token_N is not None)
+
+
+class Way(NamedTuple):
+    """How a chunk's loss comes about: `row_loss` of the logits over the shared vocabulary at `temperature`; `teacher`
+    gives the raw logits of a chunk, None where the loss does without.
+    """
+
+    row_loss: RowLoss
+    teacher: Callable[[slice], Tensor] | None
+    temperature: float
+    vocabulary: SharedVocabulary | None
 
 
 def loss_of_layer(
     hidden_student_ND: Tensor,
     weight_student_VD: Tensor,
     bias_student_V: Tensor | None,
-    row_loss: RowLoss,
-    vocabulary: SharedVocabulary | None,
+    way: Way,
     chunk_tokens: int,
-    temperature: float,
     with_token_logp: bool = True,
 ) -> TokenLoss:
-    """Runs `row_loss` over the student's output layer. Its values are the loss, with_token_logp also log q, both
-    differentiable; then reverse KL, the entropies of student and teacher, and with_token_logp log p. It is
-    given float32 logits of the shared vocabulary.
+    """A row loss over the student's output layer. Its values are the loss, with_token_logp also log q, both
+    differentiable; then reverse KL, the entropies of student and teacher, and with_token_logp log p.
     """
-    if vocabulary is not None:  # padding rows need no logits
-        weight_student_VD = weight_student_VD[: vocabulary.size]
-        bias_student_V = None if bias_student_V is None else bias_student_V[: vocabulary.size]
+    if way.vocabulary is not None:  # padding rows need no logits
+        weight_student_VD = weight_student_VD[: way.vocabulary.size]
+        bias_student_V = None if bias_student_V is None else bias_student_V[: way.vocabulary.size]
     layer = (hidden_student_ND, weight_student_VD, bias_student_V)
     if not with_token_logp:
-        return TokenLoss(*_Linear.apply(*layer, row_loss, 4, 1, chunk_tokens, temperature, vocabulary))
+        return TokenLoss(*_Linear.apply(*layer, way, 4, 1, chunk_tokens))
     loss_N, logp_student_N, kl_N, entropy_N, entropy_teacher_N, logp_teacher_N = _Linear.apply(
-        *layer, row_loss, 6, 2, chunk_tokens, temperature, vocabulary
+        *layer, way, 6, 2, chunk_tokens
     )
     return TokenLoss(loss_N, kl_N, entropy_N, entropy_teacher_N, logp_student_N, logp_teacher_N)
 
 
 def _rows(
-    teacher: Callable[[slice], Tensor],
     divergence: Callable[[Prefixes], Integrand],
     vocabulary: SharedVocabulary | None,
     token_N: Tensor | None,
@@ -152,10 +163,13 @@ def _rows(
     """The row loss of both public functions: loss, reverse KL, entropies of student and teacher; with_token_logp:
     loss, log q (both differentiable), reverse KL, the entropies, log p."""
 
-    def exact_loss(logits_CV: Tensor, rows: slice, upstream_JC: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def exact_loss(
+        logits_CV: Tensor, teacher_CV: Tensor | None, rows: slice, upstream_JC: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """`row_loss` for the reverse KL itself, from logits that are not normalized: the same in fewer sweeps."""
+        assert teacher_CV is not None
         student_CV = _shared_logits(logits_CV, vocabulary, "student")
-        teacher_CV = _shared_logits(teacher(rows), vocabulary, "teacher")
+        teacher_CV = _shared_logits(teacher_CV, vocabulary, "teacher")
         _check_shapes(student_CV, teacher_CV)
         exact = exact_rows(student_CV, teacher_CV, _SCRATCH)
         token_C1 = token_N[rows, None] if with_token_logp and token_N is not None else None
@@ -170,9 +184,12 @@ def _rows(
         upstream_logp_C = upstream_JC[1] if token_C1 is not None and len(upstream_JC) > 1 else None
         return values_KC, exact_gradient(exact, upstream_JC[0], upstream_logp_C, token_C1)
 
-    def row_loss(logits_CV: Tensor, rows: slice, upstream_JC: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        logp_student_CV = _shared_logp(logits_CV, vocabulary, "student")
-        logp_teacher_CV = _shared_logp(teacher(rows), vocabulary, "teacher")
+    def row_loss(
+        logits_CV: Tensor, teacher_CV: Tensor | None, rows: slice, upstream_JC: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        assert teacher_CV is not None
+        logp_student_CV = _shared_logits(logits_CV, vocabulary, "student").log_softmax(-1)
+        logp_teacher_CV = _shared_logits(teacher_CV, vocabulary, "teacher").log_softmax(-1)
         _check_shapes(logp_student_CV, logp_teacher_CV)
         prefixes = Prefixes(
             logp_student_CV,
@@ -219,34 +236,53 @@ def _shared_logits(logits_CV: Tensor, vocabulary: SharedVocabulary | None, role:
     return logits_CV if vocabulary is None else canonicalize(logits_CV, vocabulary, role)
 
 
-def _shared_logp(logits_CV: Tensor, vocabulary: SharedVocabulary | None, role: Role) -> Tensor:
-    """float32 log-probabilities over the shared vocabulary (float64 for float64), always a new tensor."""
-    return _shared_logits(logits_CV, vocabulary, role).log_softmax(-1)
-
-
-def _logits(
-    hidden_CD: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    temperature: float,
-    vocabulary: SharedVocabulary | None,
-    role: Role,
-) -> Tensor:
-    """An output layer's logits divided by the temperature, over the shared vocabulary, in float32 at least; on a CPU
-    until the next call for that role.
-    """
+def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, name: str) -> Tensor:
+    """An output layer's logits, in the hidden states' dtype; on a CPU until the next call of that name."""
     shape = torch.Size((hidden_CD.shape[0], weight_VD.shape[0]))
     with torch.autocast(hidden_CD.device.type, enabled=False), torch.no_grad():
-        out_CV = _SCRATCH.empty(role, shape, hidden_CD)
+        out_CV = _SCRATCH.empty(name, shape, hidden_CD)
         logits_CV = torch.mm(hidden_CD, weight_VD.to(hidden_CD.dtype).T, out=out_CV)
-        if bias_V is not None:
-            logits_CV.add_(bias_V.to(hidden_CD.dtype))
-        if logits_CV.dtype not in (torch.float32, torch.float64):
-            like = logits_CV.new_empty(0, dtype=torch.float32)
-            logits_CV = _SCRATCH.empty(f"{role}, float32", shape, like).copy_(logits_CV)
-        if temperature != 1:
-            logits_CV.div_(temperature)
-        return logits_CV if vocabulary is None else canonicalize(logits_CV, vocabulary, role, inplace=True)
+        return logits_CV if bias_V is None else logits_CV.add_(bias_V.to(hidden_CD.dtype))
+
+
+def _block_logits(raw_BV: Tensor, way: Way, role: Role) -> Tensor:
+    """`_logits` at the temperature and over the shared vocabulary, in float32 at least; may overwrite them."""
+    if raw_BV.dtype not in (torch.float32, torch.float64):
+        raw_BV = _SCRATCH.empty(f"{role}'s block", raw_BV.shape, raw_BV.new_empty(0, dtype=torch.float32)).copy_(raw_BV)
+    if way.temperature != 1:
+        raw_BV.div_(way.temperature)
+    return raw_BV if way.vocabulary is None else canonicalize(raw_BV, way.vocabulary, role, inplace=True)
+
+
+def _chunk_loss(logits_CV: Tensor, way: Way, rows: slice, upstream_JC: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The row loss of a chunk, block by block, and its gradient, on a CPU until the next call."""
+    teacher_CV = None if way.teacher is None else way.teacher(rows)
+
+    def loss_of(block: slice) -> tuple[Tensor, Tensor | None]:
+        return way.row_loss(
+            _block_logits(logits_CV[block], way, "student"),
+            None if teacher_CV is None else _block_logits(teacher_CV[block], way, "teacher"),
+            slice(rows.start + block.start, rows.start + block.stop),
+            None if upstream_JC is None else upstream_JC[:, block],
+        )
+
+    tokens = len(logits_CV)
+    step = _most_rows(CPU_BLOCK, logits_CV, tokens)
+    if step >= tokens:
+        return loss_of(slice(0, tokens))
+    grad_CV = None if upstream_JC is None else _SCRATCH.empty("gradient", logits_CV.shape, logits_CV)
+    values = []
+    for block in _chunks(tokens, step):
+        values_KB, grad_BV = loss_of(block)
+        values.append(values_KB)
+        if grad_CV is not None and grad_BV is not None:
+            grad_CV[block] = grad_BV
+    return torch.cat(values, -1), grad_CV
+
+
+def _most_rows(numbers: int, like_NV: Tensor, otherwise: int) -> int:
+    """How many rows of V have that many numbers together, at most, on a CPU."""
+    return min(otherwise, max(1, numbers // like_NV.shape[-1])) if like_NV.device.type == "cpu" else otherwise
 
 
 def _rows_of(logits: Tensor | Callable[[slice], Tensor], tokens: int) -> Callable[[slice], Tensor]:
@@ -275,7 +311,13 @@ class _Logits(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits_NV: Tensor, row_loss: RowLoss, values: int, chunk_tokens: int, with_grad: bool
+        ctx: Any,
+        logits_NV: Tensor,
+        teacher: Callable[[slice], Tensor],
+        row_loss: RowLoss,
+        values: int,
+        chunk_tokens: int,
+        with_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         tokens = logits_NV.shape[0]
         dtype = torch.promote_types(logits_NV.dtype, torch.float32)
@@ -283,7 +325,7 @@ class _Logits(torch.autograd.Function):
         ctx.grad_NV = torch.zeros_like(logits_NV) if with_grad else None
         for rows in _chunks(tokens, chunk_tokens):
             one_1C = value_KN.new_ones(1, rows.stop - rows.start) if with_grad else None
-            value_KN[:, rows], grad_CV = row_loss(logits_NV[rows], rows, one_1C)
+            value_KN[:, rows], grad_CV = row_loss(logits_NV[rows], teacher(rows), rows, one_1C)
             if grad_CV is not None:
                 ctx.grad_NV[rows, : grad_CV.shape[-1]] = grad_CV
         loss_N, rest_KN = value_KN[0].clone(), value_KN[1:]
@@ -295,7 +337,7 @@ class _Logits(torch.autograd.Function):
         if ctx.grad_NV is None:
             raise RuntimeError("This loss keeps its gradient for one backward pass; compute the loss again.")
         grad_NV, ctx.grad_NV = scale_rows(ctx.grad_NV, grads[0]), None
-        return grad_NV, None, None, None, None
+        return grad_NV, *[None] * 5
 
 
 class _Linear(torch.autograd.Function):
@@ -308,28 +350,24 @@ class _Linear(torch.autograd.Function):
         hidden_ND: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
-        row_loss: RowLoss,
+        way: Way,
         values: int,
         differentiable: int,
         chunk_tokens: int,
-        temperature: float,
-        vocabulary: SharedVocabulary | None,
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V)
         ctx.set_materialize_grads(False)
         tokens, size = hidden_ND.shape[0], weight_VD.shape[0]
-        if hidden_ND.device.type == "cpu":
-            chunk_tokens = min(chunk_tokens, max(1, CPU_CHUNK // size))
-        ctx.row_loss, ctx.chunk_tokens, ctx.temperature = row_loss, chunk_tokens, temperature
-        ctx.differentiable, ctx.vocabulary = differentiable, vocabulary
+        ctx.chunk_tokens = chunk_tokens = _most_rows(CPU_CHUNK, weight_VD.T, chunk_tokens)
+        ctx.way, ctx.differentiable = way, differentiable
         keep = any(ctx.needs_input_grad) and tokens * size <= KEPT_GRADIENT
         ctx.kept_NV = hidden_ND.new_empty(tokens, size) if keep else None
         dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
         value_KN = torch.empty(values, tokens, dtype=dtype, device=hidden_ND.device)
         for rows in _chunks(tokens, chunk_tokens):
-            logits_CV = _logits(hidden_ND[rows], weight_VD, bias_V, temperature, vocabulary, "student")
+            logits_CV = _logits(hidden_ND[rows], weight_VD, bias_V, "student")
             one_1C = value_KN.new_ones(1, rows.stop - rows.start) if keep else None
-            value_KN[:, rows], grad_CV = row_loss(logits_CV, rows, one_1C)
+            value_KN[:, rows], grad_CV = _chunk_loss(logits_CV, way, rows, one_1C)
             if keep:
                 ctx.kept_NV[rows] = grad_CV
         columns = [value_N.clone() for value_N in value_KN]
@@ -346,7 +384,7 @@ class _Linear(torch.autograd.Function):
         grad_V = torch.zeros_like(bias_V, dtype=sums) if need_bias else None
         zero_N = torch.zeros(len(hidden_ND), dtype=sums, device=hidden_ND.device)
         upstream_JN = [zero_N if grad_N is None else grad_N for grad_N in grads[: ctx.differentiable]]
-        upstream_JN = torch.stack(upstream_JN) / ctx.temperature
+        upstream_JN = torch.stack(upstream_JN) / ctx.way.temperature
         # None where nobody uses the value; zeros where its weight in the loss is 0. (On a GPU to look is to wait.)
         use_kept = ctx.kept_NV is not None and all(
             grad_N is None or not bool(grad_N.any()) for grad_N in grads[1 : ctx.differentiable]
@@ -354,12 +392,13 @@ class _Linear(torch.autograd.Function):
         for rows in _chunks(len(hidden_ND), ctx.chunk_tokens):
             if use_kept:
                 kept_CV = ctx.kept_NV[rows]  # stays as it is, for another backward
-                grad_CV = scale_rows(
-                    _SCRATCH.empty("grad", kept_CV.shape, kept_CV).copy_(kept_CV), upstream_JN[0, rows]
-                )
+                grad_CV = _SCRATCH.empty("gradient", kept_CV.shape, kept_CV).copy_(kept_CV)
+                grad_CV = scale_rows(grad_CV, upstream_JN[0, rows])
             else:
-                logits_CV = _logits(hidden_ND[rows], weight_VD, bias_V, ctx.temperature, ctx.vocabulary, "student")
-                grad_CV = ctx.row_loss(logits_CV, rows, upstream_JN[:, rows])[1].to(hidden_ND.dtype)
+                logits_CV = _logits(hidden_ND[rows], weight_VD, bias_V, "student")
+                _, made_CV = _chunk_loss(logits_CV, ctx.way, rows, upstream_JN[:, rows])
+                assert made_CV is not None
+                grad_CV = made_CV.to(hidden_ND.dtype)
             if grad_V is not None:
                 grad_V += grad_CV.sum(0, dtype=sums)
             if grad_ND is not None:
@@ -370,4 +409,4 @@ class _Linear(torch.autograd.Function):
                 grad_VD += grad_CV.T @ hidden_ND[rows]
         grad_weight = None if grad_VD is None else grad_VD.to(weight_VD.dtype)
         grad_bias = None if grad_V is None or bias_V is None else grad_V.to(bias_V.dtype)
-        return grad_ND, grad_weight, grad_bias, *[None] * 6
+        return grad_ND, grad_weight, grad_bias, *[None] * 4

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from verl_trb.bits import exp
-from verl_trb.chunked_loss import TokenLoss, add_logp_gradient, loss_of_layer, scale_rows
+from verl_trb.chunked_loss import TokenLoss, Way, add_logp_gradient, loss_of_layer, scale_rows
 from verl_trb.divergences import Prefixes, reverse_kl, top_reverse_kl
 from verl_trb.vocabulary import SharedVocabulary
 
@@ -98,7 +98,9 @@ def loss_from_verified(
     with what it says of the teacher. Reverse KL and the teacher's entropy are those of the rollout.
     """
 
-    def row_loss(logits_CV: Tensor, rows: slice, upstream_JC: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def row_loss(
+        logits_CV: Tensor, _: Tensor | None, rows: slice, upstream_JC: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         here = Verified(*(column[rows] for column in known))
         logp_CV, token_C1 = logits_CV.log_softmax(-1), token_N[rows, None]
         integrand = top_reverse_kl(logp_CV, here.index_NK, here.logp_teacher_NK)
@@ -115,4 +117,4 @@ def loss_from_verified(
         return values_KC, grad_CV
 
     layer = hidden_student_ND, weight_student_VD, bias_student_V
-    return loss_of_layer(*layer, row_loss, vocabulary, chunk_tokens, temperature)
+    return loss_of_layer(*layer, Way(row_loss, None, temperature, vocabulary), chunk_tokens)

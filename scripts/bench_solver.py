@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from verl_trb.bits import LOG2_E
 from verl_trb.trust_region import blend, solve_beta
 
 EPSILONS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -58,21 +59,19 @@ def bisection(logp_student_NV: Tensor, logp_teacher_NV: Tensor, epsilon: float, 
 
 
 def careful_bisection(logp_student_NV: Tensor, logp_teacher_NV: Tensor, epsilon: float, steps: int = 30) -> Tensor:
-    """The same with two scratch tensors, softmax instead of exp, and KL from the mean of the ratio."""
-    ratio_NV = logp_teacher_NV - logp_student_NV
-    log_w_NV, p_NV = torch.empty_like(ratio_NV), torch.empty_like(ratio_NV)
+    """The same with a scratch tensor, exp2 instead of exp, and KL from the mean of the ratio."""
+    ratio_NV, bits_NV = logp_teacher_NV - logp_student_NV, logp_student_NV * LOG2_E
+    w_NV = torch.empty_like(ratio_NV)
     low_N1, high_N1 = torch.zeros_like(ratio_NV[:, :1]), torch.ones_like(ratio_NV[:, :1])
     for _ in range(steps):
         beta_N1 = (low_N1 + high_N1) / 2
-        torch.addcmul(logp_student_NV, beta_N1, ratio_NV, out=log_w_NV)
-        torch.softmax(log_w_NV, -1, out=p_NV)
-        log_z_N1 = log_w_NV.amax(-1, keepdim=True) - p_NV.amax(-1, keepdim=True).log()
-        kl_N1 = beta_N1 * p_NV.mul_(ratio_NV).sum(-1, keepdim=True) - log_z_N1
+        z_N1 = torch.addcmul(bits_NV, LOG2_E * beta_N1, ratio_NV, out=w_NV).exp2_().sum(-1, keepdim=True)
+        kl_N1 = beta_N1 * w_NV.mul_(ratio_NV).sum(-1, keepdim=True) / z_N1 - z_N1.log()
         low_N1, high_N1 = (
             torch.where(kl_N1 <= epsilon, beta_N1, low_N1),
             torch.where(kl_N1 <= epsilon, high_N1, beta_N1),
         )
-    return torch.addcmul(logp_student_NV, low_N1, ratio_NV, out=log_w_NV).log_softmax(-1)
+    return torch.addcmul(logp_student_NV, low_N1, ratio_NV, out=w_NV).log_softmax(-1)
 
 
 class Traffic(TorchDispatchMode):

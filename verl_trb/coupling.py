@@ -140,7 +140,7 @@ def draw(weight_BV: Tensor, generator: torch.Generator | None = None) -> Tensor:
         # argmax of weight / Exp(1) is such a draw, without normalizing.
         clock_BV = torch.empty_like(weight_BV).exponential_(generator=generator)
         return (weight_BV / clock_BV.clamp_min_(torch.finfo(clock_BV.dtype).tiny)).argmax(-1)
-    rows, size = weight_BV.shape
+    size = weight_BV.shape[-1]
     if weight_BV.numel() < MANY or size < 8 * CHUNK:
         return _draw_cumulative(weight_BV, generator).squeeze(-1)
     whole = size // CHUNK * CHUNK

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from verl_trb.divergences import Integrand, Prefixes, reverse_kl
 from verl_trb.exact_rows import exact_gradient, exact_rows
-from verl_trb.scratch import ThreadScratch
+from verl_trb.scratch import ThreadScratch, most_rows
 from verl_trb.vocabulary import Role, SharedVocabulary, canonicalize
 
 # (student logits of some tokens, the teacher's if the loss reads them, which tokens, upstream_JC or None)
@@ -267,7 +267,7 @@ def _chunk_loss(logits_CV: Tensor, way: Way, rows: slice, upstream_JC: Tensor | 
         )
 
     tokens = len(logits_CV)
-    step = _most_rows(CPU_BLOCK, logits_CV, tokens)
+    step = most_rows(CPU_BLOCK, logits_CV, tokens)
     if step >= tokens:
         return loss_of(slice(0, tokens))
     grad_CV = None if upstream_JC is None else _SCRATCH.empty("gradient", logits_CV.shape, logits_CV)
@@ -278,11 +278,6 @@ def _chunk_loss(logits_CV: Tensor, way: Way, rows: slice, upstream_JC: Tensor | 
         if grad_CV is not None and grad_BV is not None:
             grad_CV[block] = grad_BV
     return torch.cat(values, -1), grad_CV
-
-
-def _most_rows(numbers: int, like_NV: Tensor, otherwise: int) -> int:
-    """How many rows of V have that many numbers together, at most, on a CPU."""
-    return min(otherwise, max(1, numbers // like_NV.shape[-1])) if like_NV.device.type == "cpu" else otherwise
 
 
 def _rows_of(logits: Tensor | Callable[[slice], Tensor], tokens: int) -> Callable[[slice], Tensor]:
@@ -358,7 +353,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V)
         ctx.set_materialize_grads(False)
         tokens, size = hidden_ND.shape[0], weight_VD.shape[0]
-        ctx.chunk_tokens = chunk_tokens = _most_rows(CPU_CHUNK, weight_VD.T, chunk_tokens)
+        ctx.chunk_tokens = chunk_tokens = most_rows(CPU_CHUNK, weight_VD.T, chunk_tokens)
         ctx.way, ctx.differentiable = way, differentiable
         keep = any(ctx.needs_input_grad) and tokens * size <= KEPT_GRADIENT
         ctx.kept_NV = hidden_ND.new_empty(tokens, size) if keep else None

@@ -155,7 +155,8 @@ def draw(weight_BV: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
 
 def _draw_cumulative(weight_BV: Tensor, generator: torch.Generator | None) -> Tensor:
-    """[B, 1] ids; the last one in a row with NaN."""
+    """[B, 1] ids; 0 in a row with NaN."""
     sum_BV = weight_BV.cumsum(-1, dtype=torch.float64)
     uniform_B1 = torch.rand(len(sum_BV), 1, dtype=torch.float64, generator=generator)
-    return torch.searchsorted(sum_BV, uniform_B1 * sum_BV[:, -1:], right=True).clamp_(max=weight_BV.shape[-1] - 1)
+    token_B1 = torch.searchsorted(sum_BV, uniform_B1 * sum_BV[:, -1:], right=True)
+    return token_B1.where(token_B1 < weight_BV.shape[-1], 0)

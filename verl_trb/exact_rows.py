@@ -2,8 +2,8 @@
 
     KL(pi_S || pi_T) = sum_a p_a (x_a - y_a) - log Z_S + log Z_T,   its gradient for x: p_a (x_a - y_a - mean_p(x - y))
 
-x, y: logits of student and teacher, not normalized. softmax is torch's fastest exponential, and log Z follows from
-x and softmax(x) at the likeliest token; no row is ever exponentiated by exp or differentiated through a logarithm.
+x, y: logits of student and teacher, not normalized. softmax exponentiates and divides in one sweep, and log Z follows
+from x and softmax(x) at the likeliest token; no row is ever exponentiated by exp or differentiated through a logarithm.
 
 Shapes: C tokens of a chunk, V vocabulary.
 """

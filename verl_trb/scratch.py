@@ -27,3 +27,8 @@ class Scratch:
 
 class ThreadScratch(threading.local, Scratch):
     """One for each thread, for as long as the process lives."""
+
+
+def most_rows(numbers: int, like_NV: Tensor, otherwise: int) -> int:
+    """How many rows of V have that many numbers together, on a CPU; at least one, at most and elsewhere `otherwise`."""
+    return min(otherwise, max(1, numbers // like_NV.shape[-1])) if like_NV.device.type == "cpu" else otherwise

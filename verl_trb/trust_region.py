@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from verl_trb.bits import LOG2_E, LOG_2
-from verl_trb.scratch import Scratch, ThreadScratch
+from verl_trb.scratch import Scratch, ThreadScratch, most_rows
 
 # Log-probabilities under this are probability 0: float64 holds hardly less, and float32 would lose the digits
 # of beta * ratio.
@@ -104,7 +104,7 @@ def blend(
     beta_N = torch.zeros_like(epsilon_N)
     kl_N = torch.zeros_like(epsilon_N)
     # On a CPU: as many rows at a time as keep the temporaries in its cache.
-    step = max(1, BLOCK_ELEMENTS // size if student_NV.device.type == "cpu" else len(student_NV))
+    step = max(1, most_rows(BLOCK_ELEMENTS, student_NV, len(student_NV)))
     scratch_3NV = _scratch(log_mu_NV[:step])
     for rows in (slice(start, start + step) for start in range(0, len(student_NV), step)):
         student_MV, teacher_MV = student_NV[rows].to(dtype), teacher_NV[rows].to(dtype)
